@@ -1,0 +1,181 @@
+"""The fused operators, usable alone: ``bn_gate_act``, ``frozen_conv`` and ``gate_step_``.
+
+Each has a twin of the same name and signature in :mod:`pfs_fast.ops.reference`, in plain PyTorch. The functions here run the
+compiled kernels and nothing else: without them the first call raises :class:`pfs_fast.errors.BackendError`. Importing this
+module never fails for want of a compiler.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pfs_fast._library import require_ops
+from pfs_fast.ops import _registration as _registration
+from pfs_fast.ops.reference import update_running_stats as _update_running_stats
+
+__all__ = ["bn_gate_act", "frozen_conv", "gate_step_"]
+
+
+def bn_gate_act(
+    x: Tensor,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float | None = None,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """Batch normalisation, channel gate, residual sum and activation in one operator.
+
+    ``y = act(gate * (weight * (x - mean) / sqrt(var + eps) + bias) + residual)``, computed in float32 (float64 for float64
+    input) and rounded once. Only ``x`` is kept for the backward pass, and with a residual one bit per value for relu and
+    relu6. Differentiable once in ``x``, ``gate``, ``weight``, ``bias`` and ``residual``.
+
+    The order (gate after batch normalisation, before the activation) is that of "Pruning from Scratch", arXiv 1909.12579.
+
+    Args:
+        x: Input, contiguous or channels_last; other strides are copied first. [N, C, *spatial], 2 to 5 dimensions; float32,
+            bfloat16 or float64, on CUDA also float16.
+        gate: Channel gates. [C], float64 if x is float64, else float32. None is 1.
+        weight: Scale of the normalisation. [C], dtype as gate. None is 1.
+        bias: Shift of the normalisation. [C], dtype as gate. None is 0.
+        residual: Added before the activation. Shape and dtype of x. None is 0.
+        running_mean: Mean used if not training; updated in place if training with momentum. [C], dtype as gate.
+        running_var: Variance, likewise. [C], dtype as gate.
+        training: Normalise with the statistics of the batch instead of the running ones.
+        momentum: Weight of the batch in the update of the running statistics, as in ``nn.BatchNorm2d``; None: no update.
+        eps: Added to the variance.
+        act: "identity", "relu", "relu6", "silu" or "hardswish".
+
+    Returns:
+        y. Shape and dtype of x, contiguous or channels_last as x.
+
+    Raises:
+        ValueError: A shape, device, eps or act does not fit; one value per channel when training; no running statistics when
+            not training.
+        TypeError: A dtype does not fit.
+        BackendError: The compiled operators are missing.
+
+    Example:
+        >>> import torch
+        >>> from pfs_fast.ops import bn_gate_act
+        >>> x = torch.randn(8, 16, 4, 4, requires_grad=True)
+        >>> gate = torch.ones(16, requires_grad=True)
+        >>> y = bn_gate_act(x, gate, act="relu")
+        >>> y.sum().backward()
+        >>> y.shape, gate.grad.shape
+        (torch.Size([8, 16, 4, 4]), torch.Size([16]))
+    """
+    require_ops()
+    y, mean, var, _ = torch.ops.pfs_fast.bn_gate_act(
+        x, gate, weight, bias, residual, running_mean, running_var, training, eps, act
+    )
+    if training and momentum is not None:
+        count = x.numel() // max(x.shape[1], 1)
+        if count > 0:
+            _update_running_stats(running_mean, running_var, mean, var, count, momentum)
+    return y
+
+
+def frozen_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution whose weight and bias are constants, so that its input is not kept for the backward pass.
+
+    PyTorch's own convolution keeps its input for a weight gradient even if nobody takes one
+    (https://github.com/pytorch/pytorch/issues/133566). This one keeps the weight alone; it is differentiable once, in ``x``.
+    ``weight`` and ``bias`` get no gradient, whether they require one or not.
+
+    Args:
+        x: Input. [N, C_in, *spatial], 3 to 5 dimensions, floating point.
+        weight: Kernel. [C_out, C_in / groups, *kernel], dtype of x.
+        bias: Shift, or None. [C_out], dtype of x.
+        stride: Stride, one number or one per spatial dimension.
+        padding: Zeros added on each side, likewise.
+        dilation: Distance between kernel elements, likewise.
+        groups: Number of groups of channels.
+
+    Returns:
+        The convolution, [N, C_out, *spatial_out], as ``torch.nn.functional.conv2d`` (1d, 3d) gives it.
+
+    Raises:
+        ValueError: A shape or an option does not fit.
+        TypeError: ``weight`` or ``bias`` is not of the dtype of ``x``.
+        BackendError: The compiled operators are missing.
+    """
+    require_ops()
+    spatial_dims = x.dim() - 2
+    return torch.ops.pfs_fast.frozen_conv(
+        x,
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        _per_dimension(stride, spatial_dims),
+        _per_dimension(padding, spatial_dims),
+        _per_dimension(dilation, spatial_dims),
+        groups,
+    )
+
+
+def gate_step_(
+    gates: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    died_at: Tensor,
+    *,
+    lr: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    gamma: float,
+    target: float,
+    num_gates: int | None = None,
+) -> None:
+    """One optimiser step on all gates at once, in place.
+
+    In this order: ``step += 1``; add the gradient of the regulariser ``gamma * (m - target)^2`` with
+    ``m = sum |gates| / num_gates``, which is ``2 * gamma * (m - target) / num_gates * sign(gates)``; one step of Adam as
+    ``torch.optim.Adam`` does it, without decay; clamp to [0, 1]; note in ``died_at`` the step at which a gate became 0. A NaN
+    gradient makes a NaN gate, so that the caller sees it. On CUDA nothing waits for the device.
+
+    Args:
+        gates: Gates, changed in place. [G], float32 or float64, contiguous.
+        grad: Gradient of the classification loss alone. [G], dtype of gates.
+        exp_avg: Adam's first moment, changed in place. [G], dtype of gates, contiguous.
+        exp_avg_sq: Adam's second moment, changed in place. [G], dtype of gates, contiguous.
+        step: Steps taken so far, changed in place. [1], int64, on the device of gates.
+        died_at: Step at which each gate became 0, -1 where it is above 0; changed in place. [G], int32, contiguous.
+        lr: Learning rate.
+        betas: Adam's decay rates, in [0, 1).
+        eps: Adam's term in the denominator.
+        gamma: Weight of the regulariser.
+        target: Wanted mean of the gates (r in the paper).
+        num_gates: Gates over which the regulariser takes its mean; default G. Larger where gates at 0 were removed.
+
+    Raises:
+        ValueError: A shape, device or option does not fit.
+        TypeError: A dtype does not fit.
+        BackendError: The compiled operators are missing.
+    """
+    require_ops()
+    if num_gates is None:
+        num_gates = gates.numel()
+    torch.ops.pfs_fast.gate_step_(
+        gates, grad, exp_avg, exp_avg_sq, step, died_at, lr, *betas, eps, gamma, target, num_gates
+    )
+
+
+def _per_dimension(value: int | tuple[int, ...], spatial_dims: int) -> list[int]:
+    return [value] * spatial_dims if isinstance(value, int) else list(value)
