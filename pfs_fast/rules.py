@@ -1,0 +1,68 @@
+"""What the channel propagation knows about operations: tables only.
+
+Functions, methods and modules are looked up by one plain name (``torch.relu``, ``Tensor.relu_``, ``nn.ReLU`` are
+``relu``). An operation in none of the tables is not assumed to be anything: the channels that reach it are held fixed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+# f(0) = 0, each element alone: a dropped channel stays 0.
+ZERO_PRESERVING = frozenset(
+    """relu relu6 leakyrelu elu celu selu silu gelu mish hardswish hardtanh tanh tanhshrink softsign hardshrink softshrink
+    identity dropout dropout1d dropout2d dropout3d alphadropout featuredropout featurealphadropout stochasticdepth
+    stochastic_depth droppath clone contiguous detach to type type_as float double half bfloat16 neg abs sqrt square sin
+    sign clamp_max""".split()
+)
+# Each element alone, but f(0) may differ from 0.
+ELEMENTWISE = frozenset("sigmoid hardsigmoid logsigmoid softplus exp log cos rsqrt reciprocal clamp clamp_min threshold".split())
+# Two operands, broadcast.
+ADDITIVE = frozenset("add iadd radd sub isub rsub subtract".split())
+MULTIPLICATIVE = frozenset("mul imul rmul multiply".split())
+DIVISION = frozenset("div truediv itruediv divide".split())
+# Spatial only: channel c of the output is a function of channel c of the input, and maps zeros to zeros.
+SPATIAL = frozenset(
+    """maxpool1d maxpool2d maxpool3d avgpool1d avgpool2d avgpool3d adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d
+    adaptivemaxpool1d adaptivemaxpool2d adaptivemaxpool3d max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d lppool1d lppool2d lp_pool2d interpolate upsample upsamplingnearest2d upsamplingbilinear2d
+    zeropad2d blurpool""".split()
+)
+# Elements are moved, none is computed; shape arguments are checked by the propagation.
+MOVEMENT = frozenset(
+    """flatten view reshape view_as reshape_as permute transpose swapaxes movedim unsqueeze squeeze expand chunk split
+    tensor_split unbind getitem unflatten t mT""".split()
+)
+REDUCTION = frozenset("mean sum amax".split())
+CONCATENATION = frozenset("cat concat concatenate".split())
+
+
+_TRUSTED = ("torch", "_operator", "operator", "builtins", "torchvision", "timm")
+
+
+def plain_name(node: fx.Node, module: nn.Module | None) -> str:
+    """One name for the module, function and method forms of an operation.
+
+    >>> graph = fx.symbolic_trace(nn.Sequential(nn.ReLU())).graph
+    >>> [plain_name(node, nn.ReLU()) for node in graph.nodes if node.op == "call_module"]
+    ['relu']
+    """
+    if module is not None:
+        return type(module).__name__.lower()
+    if isinstance(node.target, str):  # a method; in-place forms end in an underscore
+        return node.target.strip("_") if node.target.startswith("__") else node.target.rstrip("_")
+    if node.target in _DISPATCHED:
+        return _DISPATCHED[node.target]
+    name = getattr(node.target, "__name__", str(node.target))
+    origin = (getattr(node.target, "__module__", None) or "torch").split(".")[0]
+    # A function that the user hid behind torch.fx.wrap may be called `add` and do anything.
+    return name.rstrip("_") if origin in _TRUSTED else f"{origin}.{name}"
+
+
+# torch.nn.functional wraps these in a function that has lost its name.
+_DISPATCHED = {
+    getattr(torch.nn.functional, name): name
+    for name in (f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3))
+}
