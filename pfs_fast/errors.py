@@ -49,3 +49,7 @@ class BackendError(PfsError, RuntimeError):
 
 class NonFiniteLossError(PfsError, RuntimeError):
     """The loss became NaN or infinite; the message says at which step and what to try."""
+
+
+class FileWriteError(PfsError, OSError):
+    """A file could not be written (missing folder, permissions, full disk); what was there before is intact."""
