@@ -298,6 +298,8 @@ class Propagation:
         try:
             if node.op == "call_module":
                 moved = self._modules[node.target](labels)
+            elif name == "view":  # the label tensor may be strided otherwise than the real one
+                moved = labels.reshape(*rest, **plain)
             elif node.op == "call_method":
                 moved = getattr(labels, node.target)(*rest, **plain)
             else:

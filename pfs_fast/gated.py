@@ -1,0 +1,225 @@
+"""The gated network: frozen weights, gates folded into batch norm, fused where the graph allows it.
+
+Every batch norm with the residual sum and the activation that follow it becomes one ``bn_gate_act``; every convolution
+becomes one that does not keep its input; everything else runs as the model wrote it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from . import rules
+from .analysis import ChannelGraph
+from .gates import GateBank
+
+_ACTIVATIONS = frozenset({"relu", "relu6", "silu", "hardswish"})
+
+
+class GatedNetwork(nn.Module):
+    """Logits of a model whose channels are multiplied by gates; only the gates get a gradient.
+
+    Takes over the modules of ``graph``: weights are frozen, cast to ``dtype`` (batch norms stay in the gates' dtype) and
+    laid out channels_last.
+
+    Args:
+        graph: Analysis of the model; not usable for another network afterwards.
+        bank: The gates, on the device of the network.
+        ops: ``pfs_fast.ops`` (fused) or ``pfs_fast.ops.reference``.
+        dtype: Of convolutions and activations.
+        channels_last: Lay out 4-d weights channels_last.
+        track_stats: Update the running statistics of batch norms in train mode; only needed to evaluate.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        bank: GateBank,
+        ops: ModuleType,
+        *,
+        dtype: torch.dtype,
+        channels_last: bool = True,
+        track_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        root = graph.traced.train.requires_grad_(False)
+        device = bank.state.values.device
+        _cast(root, dtype, bank.state.values.dtype, device, channels_last)
+        self._builder = _Builder(root, bank, ops, track_stats)
+        self.train_net = self._builder.rewrite(graph.traced.train)
+        shared = graph.traced.train is graph.traced.eval
+        self.eval_net = self.train_net if shared else self._builder.rewrite(graph.traced.eval)
+        self.train()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return (self.train_net if self.training else self.eval_net)(*inputs)
+
+
+class FusedNorm(nn.Module):
+    """Batch norm, gate, residual sum and activation: ``act(gate * bn(x) + residual)``."""
+
+    def __init__(self, bn: _BatchNorm, name: str, act: str, bank: GateBank, ops: ModuleType, track: bool) -> None:
+        super().__init__()
+        self.bn, self.act, self.track = bn, act, track
+        self._name, self._bank, self._ops = name, bank if name in bank.layers else None, ops
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        bn = self.bn
+        batch_stats = self.training or bn.running_mean is None
+        return self._ops.bn_gate_act(
+            x,
+            self._bank.vector(self._name) if self._bank else None,
+            bn.weight,
+            bn.bias,
+            residual,
+            bn.running_mean,
+            bn.running_var,
+            training=batch_stats,
+            momentum=self._momentum() if self.training and self.track else None,
+            eps=bn.eps,
+            act=self.act,
+        )
+
+    def _momentum(self) -> float | None:
+        if self.bn.running_mean is None:
+            return None
+        self.bn.num_batches_tracked += 1
+        # momentum None is nn.BatchNorm's cumulative average.
+        return self.bn.momentum if self.bn.momentum is not None else 1.0 / float(self.bn.num_batches_tracked)
+
+
+class FrozenConv(nn.Module):
+    """A convolution that keeps nothing but its weight for the backward pass."""
+
+    def __init__(self, conv: _ConvNd, ops: ModuleType) -> None:
+        super().__init__()
+        self.conv, self._ops = conv, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.conv
+        return self._ops.frozen_conv(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+
+
+class GatedOutput(nn.Module):
+    """A layer without batch norm, its output channels multiplied by gates."""
+
+    def __init__(self, layer: nn.Module, name: str, bank: GateBank, channel_dim: int) -> None:
+        super().__init__()
+        self.layer, self._name, self._bank, self._channel_dim = layer, name, bank, channel_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        shape = [1] * y.dim()
+        shape[self._channel_dim] = -1
+        return y * self._bank.vector(self._name).to(y.dtype).view(shape)
+
+
+class _Builder:
+    """Rewrites graphs over one set of modules; new modules are made once for each place."""
+
+    def __init__(self, root: nn.Module, bank: GateBank, ops: ModuleType, track: bool) -> None:
+        self._modules: dict[str, Any] = dict(root.named_modules(remove_duplicate=False))
+        self._bank, self._ops, self._track = bank, ops, track
+
+    def rewrite(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+        graph = graph_module.graph
+        for node in list(graph.nodes):
+            if node.op != "call_module":
+                continue
+            module = self._modules[node.target]
+            if isinstance(module, _BatchNorm):
+                self._fuse_norm(graph, node, module)
+            elif isinstance(module, (_ConvNd, nn.Linear)) and not isinstance(module, _ConvTransposeNd):
+                self._freeze(node, module)
+        constants = {
+            n.target: _attribute(graph_module, n.target) for n in graph.nodes if n.op == "get_attr"
+        }
+        result = fx.GraphModule(self._modules | constants, graph, class_name=type(graph_module).__name__)
+        result.graph.lint()
+        return result
+
+    def _add(self, kind: str, name: str, module: nn.Module) -> str:
+        """A qualified name of its own for a new module; the same place in the other graph shares it."""
+        target = f"_{kind}.{name.replace('.', '_')}"
+        self._modules.setdefault(target, module)
+        return target
+
+    def _freeze(self, node: fx.Node, module: nn.Module) -> None:
+        name = node.target
+        plain = isinstance(module, _ConvNd) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        layer = FrozenConv(module, self._ops) if plain else module
+        if name in self._bank.layers:
+            channel_dim = -1 if isinstance(module, nn.Linear) else -len(module.kernel_size) - 1
+            layer = GatedOutput(layer, name, self._bank, channel_dim)
+        if layer is not module:
+            node.target = self._add("layer", name, layer)
+
+    def _fuse_norm(self, graph: fx.Graph, node: fx.Node, bn: _BatchNorm) -> None:
+        chain, residual, act = [node], None, "identity"
+        user = _only_user(node)
+        if user is not None and self._is_sum(user):
+            other = next(a for a in user.args if a is not node)
+            chain, residual, user = [*chain, user], other, _only_user(user)
+        if user is not None and self._activation(user):
+            chain, act = [*chain, user], self._activation(user)
+        name = f"{node.target}:{act}"
+        fused = FusedNorm(bn, node.target, act, self._bank, self._ops, self._track)
+        last = chain[-1]
+        # At the end of the chain: the other operand of the sum may be computed after the batch norm.
+        with graph.inserting_before(last):
+            inputs = (*node.all_input_nodes, *([residual] if residual is not None else []))
+            new = graph.create_node("call_module", self._add("norm", name, fused), inputs)
+        new.meta = dict(last.meta)
+        last.replace_all_uses_with(new)
+        for old in reversed(chain):
+            graph.erase_node(old)
+
+    def _activation(self, node: fx.Node) -> str | None:
+        if node.op not in ("call_module", "call_function", "call_method"):
+            return None
+        module = self._modules[node.target] if node.op == "call_module" else None
+        name = rules.plain_name(node, module)
+        return name if name in _ACTIVATIONS else None
+
+    @staticmethod
+    def _is_sum(node: fx.Node) -> bool:
+        """``a + b`` of two tensors of one shape and dtype."""
+        if node.op not in ("call_function", "call_method") or rules.plain_name(node, None) not in ("add", "iadd"):
+            return False
+        values = [a.meta.get("val") if isinstance(a, fx.Node) else None for a in node.args]
+        return (
+            len(node.args) == 2
+            and not node.kwargs
+            and node.args[0] is not node.args[1]
+            and all(isinstance(v, Tensor) for v in values)
+            and values[0].shape == values[1].shape
+            and values[0].dtype == values[1].dtype
+        )
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _cast(
+    root: nn.Module, dtype: torch.dtype, norm_dtype: torch.dtype, device: torch.device, channels_last: bool
+) -> None:
+    for module in root.modules():
+        own = norm_dtype if isinstance(module, _BatchNorm) else dtype
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                tensor.data = tensor.data.to(device, own if tensor.is_floating_point() else tensor.dtype)
+                if channels_last and tensor.dim() == 4:
+                    tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
