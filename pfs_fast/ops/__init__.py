@@ -1,8 +1,8 @@
 """The fused operators, usable alone: ``bn_gate_act``, ``frozen_conv`` and ``gate_step_``.
 
-Each has a twin of the same name and signature in :mod:`pfs_fast.ops.reference`, in plain PyTorch. The functions here run the
-compiled kernels and nothing else: without them the first call raises :class:`pfs_fast.errors.BackendError`. Importing this
-module never fails for want of a compiler.
+Each has a twin of the same name and signature in :mod:`pfs_fast.ops.reference`, in plain PyTorch.
+The functions here run the compiled kernels and nothing else: without them the first call raises
+:class:`pfs_fast.errors.BackendError`. Importing this module never fails for want of a compiler.
 """
 
 from __future__ import annotations
@@ -33,23 +33,27 @@ def bn_gate_act(
 ) -> Tensor:
     """Batch normalisation, channel gate, residual sum and activation in one operator.
 
-    ``y = act(gate * (weight * (x - mean) / sqrt(var + eps) + bias) + residual)``, computed in float32 (float64 for float64
-    input) and rounded once. Only ``x`` is kept for the backward pass, and with a residual one bit per value for relu and
-    relu6. Differentiable once in ``x``, ``gate``, ``weight``, ``bias`` and ``residual``.
+    ``y = act(gate * (weight * (x - mean) / sqrt(var + eps) + bias) + residual)``, computed in
+    float32 (float64 for float64 input) and rounded once. Only ``x`` is kept for the backward pass,
+    and with a residual one bit per value for relu and relu6. Differentiable once in ``x``,
+    ``gate``, ``weight``, ``bias`` and ``residual``.
 
-    The order (gate after batch normalisation, before the activation) is that of "Pruning from Scratch", arXiv 1909.12579.
+    The order (gate after batch normalisation, before the activation) is that of "Pruning from
+    Scratch", arXiv 1909.12579.
 
     Args:
-        x: Input, contiguous or channels_last; other strides are copied first. [N, C, *spatial], 2 to 5 dimensions; float32,
-            bfloat16 or float64, on CUDA also float16.
+        x: Input, contiguous or channels_last; other strides are copied first. [N, C, *spatial], 2
+            to 5 dimensions; float32, bfloat16 or float64, on CUDA also float16.
         gate: Channel gates. [C], float64 if x is float64, else float32. None is 1.
         weight: Scale of the normalisation. [C], dtype as gate. None is 1.
         bias: Shift of the normalisation. [C], dtype as gate. None is 0.
         residual: Added before the activation. Shape and dtype of x. None is 0.
-        running_mean: Mean used if not training; updated in place if training with momentum. [C], dtype as gate.
+        running_mean: Mean used if not training; updated in place if training with momentum. [C],
+            dtype as gate.
         running_var: Variance, likewise. [C], dtype as gate.
         training: Normalise with the statistics of the batch instead of the running ones.
-        momentum: Weight of the batch in the update of the running statistics, as in ``nn.BatchNorm2d``; None: no update.
+        momentum: Weight of the batch in the update of the running statistics, as in
+            ``nn.BatchNorm2d``; None: no update.
         eps: Added to the variance.
         act: "identity", "relu", "relu6", "silu" or "hardswish".
 
@@ -57,8 +61,8 @@ def bn_gate_act(
         y. Shape and dtype of x, contiguous or channels_last as x.
 
     Raises:
-        ValueError: A shape, device, eps or act does not fit; one value per channel when training; no running statistics when
-            not training.
+        ValueError: A shape, device, eps or act does not fit; one value per channel when training;
+            no running statistics when not training.
         TypeError: A dtype does not fit.
         BackendError: The compiled operators are missing.
 
@@ -92,11 +96,12 @@ def frozen_conv(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Convolution whose weight and bias are constants, so that its input is not kept for the backward pass.
+    """Convolution with constant weight and bias, which does not keep its input for backward.
 
     PyTorch's own convolution keeps its input for a weight gradient even if nobody takes one
-    (https://github.com/pytorch/pytorch/issues/133566). This one keeps the weight alone; it is differentiable once, in ``x``.
-    ``weight`` and ``bias`` get no gradient, whether they require one or not.
+    (https://github.com/pytorch/pytorch/issues/133566). This one keeps the weight alone; it is
+    differentiable once, in ``x``. ``weight`` and ``bias`` get no gradient, whether they require one
+    or not.
 
     Args:
         x: Input. [N, C_in, *spatial], 3 to 5 dimensions, floating point.
@@ -108,7 +113,8 @@ def frozen_conv(
         groups: Number of groups of channels.
 
     Returns:
-        The convolution, [N, C_out, *spatial_out], as ``torch.nn.functional.conv2d`` (1d, 3d) gives it.
+        The convolution, [N, C_out, *spatial_out], as ``torch.nn.functional.conv2d`` (1d, 3d) gives
+        it.
 
     Raises:
         ValueError: A shape or an option does not fit.
@@ -145,10 +151,11 @@ def gate_step_(
 ) -> None:
     """One optimiser step on all gates at once, in place.
 
-    In this order: ``step += 1``; add the gradient of the regulariser ``gamma * (m - target)^2`` with
-    ``m = sum |gates| / num_gates``, which is ``2 * gamma * (m - target) / num_gates * sign(gates)``; one step of Adam as
-    ``torch.optim.Adam`` does it, without decay; clamp to [0, 1]; note in ``died_at`` the step at which a gate became 0. A NaN
-    gradient makes a NaN gate, so that the caller sees it. On CUDA nothing waits for the device.
+    In this order: ``step += 1``; add the gradient of the regulariser ``gamma * (m - target)^2``
+    with ``m = sum |gates| / num_gates``, which is ``2 * gamma * (m - target) / num_gates *
+    sign(gates)``; one step of Adam as ``torch.optim.Adam`` does it, without decay; clamp to [0, 1];
+    note in ``died_at`` the step at which a gate became 0. A NaN gradient makes a NaN gate, so that
+    the caller sees it. On CUDA nothing waits for the device.
 
     Args:
         gates: Gates, changed in place. [G], float32 or float64, contiguous.
@@ -156,13 +163,15 @@ def gate_step_(
         exp_avg: Adam's first moment, changed in place. [G], dtype of gates, contiguous.
         exp_avg_sq: Adam's second moment, changed in place. [G], dtype of gates, contiguous.
         step: Steps taken so far, changed in place. [1], int64, on the device of gates.
-        died_at: Step at which each gate became 0, -1 where it is above 0; changed in place. [G], int32, contiguous.
+        died_at: Step at which each gate became 0, -1 where it is above 0; changed in place. [G],
+            int32, contiguous.
         lr: Learning rate.
         betas: Adam's decay rates, in [0, 1).
         eps: Adam's term in the denominator.
         gamma: Weight of the regulariser.
         target: Wanted mean of the gates (r in the paper).
-        num_gates: Gates over which the regulariser takes its mean; default G. Larger where gates at 0 were removed.
+        num_gates: Gates over which the regulariser takes its mean; default G. Larger where gates at
+            0 were removed.
 
     Raises:
         ValueError: A shape, device or option does not fit.

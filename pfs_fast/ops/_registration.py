@@ -1,0 +1,233 @@
+"""Fake kernels, autograd and autocast of the operators; schemas and kernels are registered in C++
+(csrc/).
+
+Where the compiled library is missing there are no schemas, and nothing is registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from pfs_fast._library import is_loaded
+
+_IMPL = torch.library.Library("pfs_fast", "IMPL") if is_loaded() else None
+
+# --- fake: shapes, dtypes and strides without data ------------------------------------------------
+
+
+def _acc_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _empty_like_layout(x: Tensor) -> Tensor:
+    """An empty tensor like x, in the contiguous or channels_last layout that x is closest to."""
+    return torch.empty(
+        x.shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x)
+    )
+
+
+def _bn_gate_act_fake(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean = x.new_empty((x.shape[1],), dtype=_acc_dtype(x))
+    if residual is None or act == "identity":
+        aux = x.new_empty((0,), dtype=torch.uint8)
+    elif act in ("relu", "relu6"):
+        aux = x.new_empty(((x.numel() + 7) // 8,), dtype=torch.uint8)
+    else:
+        aux = _empty_like_layout(x)
+    return _empty_like_layout(x), mean, torch.empty_like(mean), aux
+
+
+def _bn_gate_act_backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    aux: Tensor,
+    training: bool,
+    eps: float,
+    act: str,
+    has_residual: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    acc = _acc_dtype(x)
+
+    def like_x(wanted: bool) -> Tensor:
+        return _empty_like_layout(x) if wanted else x.new_empty((0,))
+
+    def per_channel(wanted: bool) -> Tensor:
+        return x.new_empty((x.shape[1] if wanted else 0,), dtype=acc)
+
+    wants_x, wants_gate, wants_weight, wants_bias, wants_residual = output_mask
+    return (
+        like_x(wants_x),
+        per_channel(wants_gate),
+        per_channel(wants_weight),
+        per_channel(wants_bias),
+        like_x(wants_residual),
+    )
+
+
+def _frozen_conv_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    no_output_padding = [0] * len(stride)
+    return torch.ops.aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, no_output_padding, groups
+    )
+
+
+def _frozen_conv_backward_fake(
+    grad_y: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return torch.empty(
+        tuple(input_size),
+        dtype=grad_y.dtype,
+        device=grad_y.device,
+        memory_format=suggest_memory_format(grad_y),
+    )
+
+
+def _gate_step_fake(*args: Any) -> None:
+    return None
+
+
+# --- autograd: keep only what a gradient needs; refuse a second derivative by name ----------------
+
+
+def _bn_gate_act_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, gate, weight, bias, residual, _, _, training, eps, act = inputs
+    _, mean, var, aux = output
+    ctx.mark_non_differentiable(mean, var, aux)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, mean, var, gate, weight, bias, aux)
+    ctx.options = (training, eps, act, residual is not None)
+
+
+def _bn_gate_act_backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    constants = (None,) * 5
+    if grad_y is None:
+        return (None,) * 5 + constants
+    x, mean, var, gate, weight, bias, aux = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:5])
+    grads = torch.ops.pfs_fast._bn_gate_act_backward(
+        grad_y, x, mean, var, gate, weight, bias, aux, *ctx.options, wanted
+    )
+    wanted_grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return (*wanted_grads, *constants)
+
+
+def _frozen_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, stride, padding, dilation, groups = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight)
+    ctx.input_size = x.shape
+    ctx.input_format = suggest_memory_format(x)
+    ctx.options = (stride, padding, dilation, groups)
+
+
+def _frozen_conv_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    constants = (None,) * 6
+    if grad_y is None or not ctx.needs_input_grad[0]:
+        return (None, *constants)
+    (weight,) = ctx.saved_tensors
+    grad_x = torch.ops.pfs_fast._frozen_conv_backward(grad_y, weight, ctx.input_size, *ctx.options)
+    return (grad_x.contiguous(memory_format=ctx.input_format), *constants)
+
+
+def _refuse_double_backward(op: str) -> Any:
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{op}: the gradient must be taken once, got a second derivative; "
+            f"use pfs_fast.ops.reference.{op} for it"
+        )
+
+    return refuse
+
+
+# --- autocast: x decides; what is per channel stays float32 ---------------------------------------
+
+
+def _bn_gate_act_autocast(device_type: str) -> Any:
+    def run(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        per_channel_and_residual, options = args[:6], args[6:]
+        gate, weight, bias, residual, running_mean, running_var = per_channel_and_residual
+        acc = _acc_dtype(x)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.pfs_fast.bn_gate_act(
+                x,
+                *(None if t is None else t.to(acc) for t in (gate, weight, bias)),
+                None if residual is None else residual.to(x.dtype),
+                *(None if t is None else t.to(acc) for t in (running_mean, running_var)),
+                *options,
+            )
+
+    return run
+
+
+def _frozen_conv_autocast(device_type: str) -> Any:
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        # As for PyTorch's own convolution; float64 is never lowered.
+        low = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            lowered_bias = None if bias is None else bias.to(low)
+            return torch.ops.pfs_fast.frozen_conv(x.to(low), weight.to(low), lowered_bias, *options)
+
+    return run
+
+
+def _register() -> None:
+    library = torch.library
+    fakes = {
+        "bn_gate_act": _bn_gate_act_fake,
+        "_bn_gate_act_backward": _bn_gate_act_backward_fake,
+        "frozen_conv": _frozen_conv_fake,
+        "_frozen_conv_backward": _frozen_conv_backward_fake,
+        "gate_step_": _gate_step_fake,
+    }
+    for name, fake in fakes.items():
+        library.register_fake(f"pfs_fast::{name}", fake)
+    for name, backward, setup in (
+        ("bn_gate_act", _bn_gate_act_backward, _bn_gate_act_setup),
+        ("frozen_conv", _frozen_conv_backward, _frozen_conv_setup),
+        ("_bn_gate_act_backward", _refuse_double_backward("bn_gate_act"), None),
+        ("_frozen_conv_backward", _refuse_double_backward("frozen_conv"), None),
+    ):
+        library.register_autograd(f"pfs_fast::{name}", backward, setup_context=setup)
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _IMPL.impl("bn_gate_act", _bn_gate_act_autocast(device_type), key)
+        _IMPL.impl("frozen_conv", _frozen_conv_autocast(device_type), key)
+
+
+if _IMPL is not None:
+    _register()

@@ -1,7 +1,8 @@
 """Plain PyTorch twins of the operators in :mod:`pfs_fast.ops`: the definition of correct.
 
-Same names, same arguments, differentiable by PyTorch's own autograd, any device and dtype that PyTorch itself can do. Nothing
-here is fast. Callers choose ``pfs_fast.ops`` or ``pfs_fast.ops.reference``; neither falls back to the other.
+Same names, same arguments, differentiable by PyTorch's own autograd, any device and dtype that
+PyTorch itself can do. Nothing here is fast. Callers choose ``pfs_fast.ops`` or
+``pfs_fast.ops.reference``; neither falls back to the other.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def update_running_stats(
     count: int,
     momentum: float,
 ) -> None:
-    """Moves the running statistics as ``nn.BatchNorm`` does: towards the mean and the unbiased variance of the batch.
+    """Moves the running statistics as ``nn.BatchNorm`` does: towards the mean and the unbiased
+    variance of the batch.
 
     Args:
         running_mean: Changed in place unless None. [C].
@@ -138,7 +140,7 @@ def gate_step_(
     target: float,
     num_gates: int | None = None,
 ) -> None:
-    """One Adam step on all gates with the regulariser's gradient; see :func:`pfs_fast.ops.gate_step_`."""
+    """One regularised Adam step on all gates; see :func:`pfs_fast.ops.gate_step_`."""
     num_gates = gates.numel() if num_gates is None else num_gates
     beta1, beta2 = betas
     step += 1
