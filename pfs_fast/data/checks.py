@@ -1,0 +1,124 @@
+"""Images and labels from any array, checked and in one form: images [N, H, W, C] dense, labels [N] int64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import LoaderError
+
+# The layouts that an array without a stated one may have; three-dimensional arrays are [N, H, W], one grey channel.
+LAYOUTS = ("NCHW", "NHWC")
+_USUAL_CHANNELS = (1, 3)
+
+
+def as_images(function: str, images: Any, layout: str | None = None) -> Tensor:
+    """Images as a dense tensor [N, H, W, C], uint8 or floating, on the device they are on.
+
+    Args:
+        function: Name that error messages begin with.
+        images: Tensor or array, [N, C, H, W], [N, H, W, C] or [N, H, W]; uint8, or floating and finite.
+        layout: "NCHW" or "NHWC"; None finds the axis that has 1 or 3 channels.
+
+    Raises:
+        LoaderError: The array is empty, of another type or shape, or not finite; or both axes could be the channels.
+    """
+    x = _as_tensor(function, "images", images)
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise LoaderError(
+            f"{function}: images must be uint8 or floating, got {x.dtype}; convert to uint8 in 0..255"
+        )
+    if x.dim() == 3:
+        x = x.unsqueeze(-1)
+    elif x.dim() != 4:
+        raise LoaderError(
+            f"{function}: images must have shape [N, C, H, W], [N, H, W, C] or [N, H, W], got {list(x.shape)}; "
+            "stack the images of equal size along a first axis"
+        )
+    elif _find_layout(function, tuple(x.shape), layout) == "NCHW":
+        x = x.permute(0, 2, 3, 1)
+    if x.numel() == 0:
+        raise LoaderError(
+            f"{function}: images must hold at least one pixel, got shape {list(images.shape)}; check the source"
+        )
+    if x.is_floating_point() and not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
+        raise LoaderError(
+            f"{function}: images must be finite, got NaN or infinity in image {bad}; clean the data first"
+        )
+    return x.contiguous()
+
+
+def as_labels(
+    function: str, labels: Any, num_images: int, num_classes: int | None = None
+) -> Tensor:
+    """Labels as a tensor [N] int64; classes count from 0.
+
+    Raises:
+        LoaderError: There is not one integer in [0, num_classes) for each image.
+    """
+    y = _as_tensor(function, "labels", labels)
+    if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
+        raise LoaderError(
+            f"{function}: labels must be integers (class indices), got {y.dtype}; "
+            "convert one-hot rows by argmax and floats by astype"
+        )
+    if tuple(y.shape) != (num_images,):
+        raise LoaderError(
+            f"{function}: labels must have shape [{num_images}], one for each image, got {list(y.shape)}; "
+            "check that images and labels belong together"
+        )
+    y = y.to(torch.int64)
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        limit = "" if num_classes is None else f" and < num_classes = {num_classes}"
+        wrong = low if low < 0 else high
+        raise LoaderError(
+            f"{function}: labels must be >= 0{limit}, got {wrong}; number the classes from 0 or set num_classes"
+        )
+    return y
+
+
+def _as_tensor(function: str, argument: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if not isinstance(value, (np.ndarray, list, tuple)):
+        raise LoaderError(
+            f"{function}: {argument} must be a tensor or an array, got {type(value).__name__}; "
+            "data.from_dataset reads torchvision datasets"
+        )
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise LoaderError(
+            f"{function}: {argument} must have rows of equal shape, got a ragged sequence ({error}); stack equal sizes"
+        ) from error
+    if array.dtype.kind not in "uifb":
+        raise LoaderError(
+            f"{function}: {argument} must be numeric, got an array of {array.dtype}; convert it first"
+        )
+    if argument == "labels" and array.dtype.kind in "ui":
+        array = array.astype(np.int64)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    # PyTorch warns about arrays that it could write to against their owner's will.
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))
+
+
+def _find_layout(function: str, shape: tuple[int, ...], layout: str | None) -> str:
+    if layout in LAYOUTS:
+        return layout
+    if layout is not None:
+        raise LoaderError(
+            f'{function}: layout must be "NCHW", "NHWC" or None, got {layout!r}; None finds it for 1 or 3 channels'
+        )
+    first, last = shape[1] in _USUAL_CHANNELS, shape[3] in _USUAL_CHANNELS
+    if first == last:
+        raise LoaderError(
+            f"{function}: images must have 1 or 3 channels on one of the axes 1 and 3, got shape {list(shape)}; "
+            'pass layout="NCHW" or layout="NHWC"'
+        )
+    return "NCHW" if first else "NHWC"
