@@ -113,20 +113,40 @@ def missing_compiler() -> str:
 
 
 def missing_cuda() -> str:
-    """Why CUDA cannot be compiled, or ""."""
+    """Why CUDA cannot be compiled, or "". Points PyTorch's tools to the toolkit that was found."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    if cpp_extension.CUDA_HOME is None:
-        return "nvcc was not found (CUDA_HOME is unset and nvcc is not on PATH) at build time"
-    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
-    if not nvcc.is_file():
-        return f"nvcc was not found in CUDA_HOME={cpp_extension.CUDA_HOME} at build time"
-    answer = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False)
-    release = answer.stdout.partition("release ")[2].partition(",")[0]
+    home = find_cuda_home()
+    if home is None:
+        return "no CUDA toolkit with nvcc and headers was found (CUDA_HOME, PATH) at build time"
+    release = nvcc_output(home / "bin" / "nvcc", "--version").partition("release ")[2]
+    release = release.partition(",")[0]
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
         wanted = torch.version.cuda
         return f"nvcc has CUDA {release or 'unknown'}, but torch was built with CUDA {wanted}"
+    cpp_extension.CUDA_HOME = str(home)
     return ""
+
+
+def find_cuda_home() -> Path | None:
+    """The toolkit that CUDA_HOME names, else the one of nvcc on the path, else the usual folder."""
+    wish = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [wish] if wish else [cpp_extension.CUDA_HOME]
+    nvcc = shutil.which("nvcc")
+    if not wish and nvcc is not None:
+        # The nvcc on the path may be a link or a wrapper, with nothing of the toolkit beside it.
+        listing = nvcc_output(Path(nvcc), "--dryrun", "-x", "cu", "-E", os.devnull)
+        candidates.append(listing.partition("TOP=")[2].partition("\n")[0].strip())
+        candidates.append("/usr/local/cuda")
+    for home in (Path(candidate).resolve() for candidate in candidates if candidate):
+        if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
+            return home
+    return None
+
+
+def nvcc_output(nvcc: Path, *arguments: str) -> str:
+    answer = subprocess.run([str(nvcc), *arguments], capture_output=True, text=True, check=False)
+    return answer.stdout + answer.stderr
 
 
 def choose_cuda_archs() -> str:
