@@ -1,0 +1,241 @@
+"""The structure of a slim network: which channels every layer keeps, and what that costs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from .cost import CostModel
+from .errors import FileFormatError, StructureError
+from .groups import FIXED, ChannelGroups
+
+FORMAT = "pfs_fast.structure"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Kept channels of a model, by group and by layer. Enough to build masks or a slim network without a search.
+
+    Attributes:
+        kept: Kept units of every prunable group, ascending; positions inside the group. ``{group: indices}``.
+        sizes: Number of units of every prunable group. ``{group: size}``.
+        layers: Kept output channels of every convolution, linear and batch-norm layer whose outputs are prunable,
+            ascending. ``{module name: indices}``.
+        inputs: Kept input channels of every convolution and linear layer whose inputs are prunable, ascending.
+        widths: Original ``(in, out)`` channels of every layer in ``layers`` or ``inputs``.
+        macs: Multiply-accumulates of one image after slimming, exact.
+        params: Parameters after slimming, exact.
+        base_macs: Multiply-accumulates of one image of the whole network.
+        base_params: Parameters of the whole network.
+    """
+
+    kept: dict[str, tuple[int, ...]] = field(repr=False)
+    sizes: dict[str, int] = field(repr=False)
+    layers: dict[str, tuple[int, ...]] = field(repr=False)
+    inputs: dict[str, tuple[int, ...]] = field(repr=False)
+    widths: dict[str, tuple[int, int]] = field(repr=False)
+    macs: int
+    params: int
+    base_macs: int
+    base_params: int
+
+    @staticmethod
+    def from_keep(
+        groups: ChannelGroups, keep: np.ndarray, cost_model: CostModel | None = None
+    ) -> Structure:
+        """The structure that keeps these units.
+
+        Args:
+            groups: Channel groups of the model.
+            keep: True for kept units. [num_units], bool.
+            cost_model: Cost model of ``groups``, built here if not given.
+
+        Raises:
+            StructureError: If ``keep`` has another shape or dtype, or leaves a group or a layer without channels.
+        """
+        keep = np.asarray(keep)
+        if keep.shape != (groups.num_units,) or keep.dtype != np.bool_:
+            raise StructureError(
+                f"Structure.from_keep: keep must be bool of shape [{groups.num_units}], got {keep.dtype} of shape "
+                f"{list(keep.shape)}; pass one entry for each unit"
+            )
+        kept = {g.name: _indices(keep[g.start : g.start + g.size]) for g in groups.groups}
+        layers, inputs, widths = {}, {}, {}
+        for layer in groups.layers:
+            if (layer.out_units != FIXED).any():
+                layers[layer.name] = _indices(_kept_channels(keep, layer.out_units))
+            if layer.kind != "bn" and (layer.in_units != FIXED).any():
+                inputs[layer.name] = _indices(_kept_channels(keep, layer.in_units))
+            if layer.name in layers or layer.name in inputs:
+                widths[layer.name] = (len(layer.in_units), len(layer.out_units))
+        for kind, table in (("group", kept), ("layer", layers), ("input of layer", inputs)):
+            for name, indices in table.items():
+                if not indices:
+                    raise StructureError(
+                        f"Structure.from_keep: every {kind} must keep a channel, got none in {name}; keep at least one"
+                    )
+        cost_model = CostModel(groups) if cost_model is None else cost_model
+        macs, params = cost_model.evaluate(keep)
+        sizes = {g.name: g.size for g in groups.groups}
+        return Structure(kept, sizes, layers, inputs, widths, macs, params, *cost_model.base)
+
+    @property
+    def macs_share(self) -> float:
+        """Kept share of the MACs of the whole network."""
+        return self.macs / self.base_macs if self.base_macs else 1.0
+
+    @property
+    def params_share(self) -> float:
+        """Kept share of the parameters of the whole network."""
+        return self.params / self.base_params if self.base_params else 1.0
+
+    def to_json(self, indent: int | None = None) -> str:
+        """JSON text with a format name and a version; equal structures give equal texts."""
+        separators = (",", ":") if indent is None else None
+        return json.dumps(
+            {"format": FORMAT, "version": VERSION, **asdict(self)},
+            indent=indent,
+            separators=separators,
+        )
+
+    @staticmethod
+    def from_json(text: str) -> Structure:
+        """The structure of a text made by ``to_json``.
+
+        Raises:
+            FileFormatError: For text that is truncated, of another format or version, or inconsistent in itself.
+        """
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise FileFormatError(
+                f"Structure.from_json: text must be complete JSON, got an error ({error}); write it again with to_json"
+            ) from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise FileFormatError(
+                f"Structure.from_json: format must be {FORMAT!r}, got {found!r}; pass a structure's text"
+            )
+        if data.get("version") != VERSION or isinstance(data.get("version"), bool):
+            raise FileFormatError(
+                f"Structure.from_json: version must be {VERSION}, got {data.get('version')!r}; "
+                "use the release of pfs_fast that wrote it"
+            )
+        names = [f.name for f in fields(Structure)]
+        if set(data) != {*names, "format", "version"}:
+            missing, unknown = (
+                sorted(set(names) - set(data)),
+                sorted(set(data) - {*names, "format", "version"}),
+            )
+            raise FileFormatError(
+                f"Structure.from_json: fields must be {', '.join(names)}, got missing {missing} and unknown {unknown}"
+            )
+        structure = Structure(
+            kept={name: tuple(v) for name, v in _table(data, "kept", list)},
+            sizes=dict(_table(data, "sizes", int)),
+            layers={name: tuple(v) for name, v in _table(data, "layers", list)},
+            inputs={name: tuple(v) for name, v in _table(data, "inputs", list)},
+            widths={name: tuple(v) for name, v in _table(data, "widths", list)},
+            **{name: _count(data, name) for name in ("macs", "params", "base_macs", "base_params")},
+        )
+        _check_consistent(structure)
+        return structure
+
+    def __str__(self) -> str:
+        rows = [("group", "kept", "of", "share")]
+        for name, size in self.sizes.items():
+            count = len(self.kept[name])
+            rows.append((name, f"{count:,}", f"{size:,}", f"{count / size:.1%}"))
+        rows.append(("MACs", f"{self.macs:,}", f"{self.base_macs:,}", f"{self.macs_share:.1%}"))
+        rows.append(
+            ("params", f"{self.params:,}", f"{self.base_params:,}", f"{self.params_share:.1%}")
+        )
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        return "\n".join(
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
+            for row in rows
+        )
+
+
+def _indices(mask: np.ndarray) -> tuple[int, ...]:
+    return tuple(np.flatnonzero(mask).tolist())
+
+
+def _kept_channels(keep: np.ndarray, units: np.ndarray) -> np.ndarray:
+    kept = np.ones(len(units), dtype=bool)
+    prunable = units != FIXED
+    kept[prunable] = keep[units[prunable]]
+    return kept
+
+
+def _table(data: Mapping[str, Any], name: str, kind: type) -> list[tuple[str, Any]]:
+    """Entries of one of the dictionaries, with the type of every value checked."""
+    table = data[name]
+    if not isinstance(table, dict):
+        raise FileFormatError(
+            f"Structure.from_json: {name} must be an object, got {type(table).__name__}"
+        )
+    for key, value in table.items():
+        numbers = value if kind is list and isinstance(value, list) else [value]
+        if not isinstance(value, kind) or not all(type(number) is int for number in numbers):
+            rule = "a list of integers" if kind is list else "an integer"
+            raise FileFormatError(
+                f"Structure.from_json: {name}[{key!r}] must be {rule}, got {str(value)[:60]}"
+            )
+    return list(table.items())
+
+
+def _count(data: Mapping[str, Any], name: str) -> int:
+    if type(data[name]) is not int or data[name] < 0:
+        raise FileFormatError(
+            f"Structure.from_json: {name} must be an integer of at least 0, got {data[name]!r}"
+        )
+    return data[name]
+
+
+def _check_consistent(structure: Structure) -> None:
+    """Every index list ascends inside its axis, and the tables name the same groups and layers."""
+    if structure.kept.keys() != structure.sizes.keys():
+        odd = sorted(structure.kept.keys() ^ structure.sizes.keys())
+        raise FileFormatError(
+            f"Structure.from_json: kept and sizes must name the same groups, got a difference in {odd}"
+        )
+    touched = structure.layers.keys() | structure.inputs.keys()
+    if touched != structure.widths.keys():
+        odd = sorted(touched ^ structure.widths.keys())
+        raise FileFormatError(
+            f"Structure.from_json: widths must name the layers of layers and inputs, got a difference in {odd}"
+        )
+    for name, width in structure.widths.items():
+        if len(width) != 2 or min(width) < 1:
+            raise FileFormatError(
+                f"Structure.from_json: widths[{name!r}] must be (in, out) above 0, got {list(width)}"
+            )
+    for table, size_of in (
+        ("kept", structure.sizes.__getitem__),
+        ("layers", lambda name: structure.widths[name][1]),
+        ("inputs", lambda name: structure.widths[name][0]),
+    ):
+        for name, indices in getattr(structure, table).items():
+            ascending = all(a < b for a, b in itertools.pairwise(indices))
+            if not indices or not ascending or indices[0] < 0 or indices[-1] >= size_of(name):
+                raise FileFormatError(
+                    f"Structure.from_json: {table}[{name!r}] must be ascending indices in 0..{size_of(name) - 1}, at least "
+                    f"one and each once, got {str(list(indices))[:60]}; the text was edited or damaged"
+                )
+    if structure.macs > structure.base_macs or structure.params > structure.base_params:
+        raise FileFormatError(
+            "Structure.from_json: macs and params must not exceed base_macs and base_params, got "
+            f"{(structure.macs, structure.params)} and {(structure.base_macs, structure.base_params)}"
+        )
