@@ -1,3 +1,57 @@
-"""pfs_fast: slim CNNs by Pruning from Scratch (Wang et al., AAAI 2020, arXiv 1909.12579)."""
+"""pfs_fast: slim CNNs by Pruning from Scratch (Wang et al., AAAI 2020, arXiv 1909.12579).
+
+    result = pfs_fast.search(model, loader, budget=0.5)   # train one gate per channel of a random, frozen network
+    slim = result.slim()                                  # plain nn.Module with fewer channels, fresh weights
+    pfs_fast.train(slim, train_loader, val_loader)        # from scratch
+"""
 
 from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from . import data, errors, models, ops
+from ._library import backends
+from .budget import Budget
+from .config import SearchConfig
+from .cost import Cost, count
+from .errors import PfsError
+from .io import export, load, save
+from .recipes import TrainConfig, scratch_b_epochs
+from .result import SearchResult
+from .search import search
+from .slim import slim
+from .structure import Structure
+from .train import TrainResult, evaluate, train
+from .verify import verify
+
+try:
+    __version__ = _version("pfs_fast")
+except _PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Budget",
+    "Cost",
+    "PfsError",
+    "SearchConfig",
+    "SearchResult",
+    "Structure",
+    "TrainConfig",
+    "TrainResult",
+    "backends",
+    "count",
+    "data",
+    "errors",
+    "evaluate",
+    "export",
+    "load",
+    "models",
+    "ops",
+    "save",
+    "scratch_b_epochs",
+    "search",
+    "slim",
+    "train",
+    "verify",
+]

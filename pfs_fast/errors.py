@@ -48,7 +48,13 @@ class BackendError(PfsError, RuntimeError):
 
 
 class NonFiniteLossError(PfsError, RuntimeError):
-    """The loss became NaN or infinite; the message says at which step and what to try."""
+    """The loss became NaN or infinite; the message says at which step and what to try.
+
+    Attributes:
+        result: What was found before (a ``SearchResult`` from ``search``), or None.
+    """
+
+    result: object = None
 
 
 class FileWriteError(PfsError, OSError):

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._modules import require_plain
 from .errors import ModelError, TraceError
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
@@ -83,7 +84,7 @@ def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ..
         ModelError: The model is wrapped, or its parameters lie on several devices.
         TraceError: The forward depends on data, or does not take such an input; the message names the place.
     """
-    check_model(model)
+    _check_model(model)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     replica = copy.deepcopy(model)
     graphs = []
@@ -99,26 +100,19 @@ def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ..
     return TracedModel(train, eval_, macs)
 
 
-def check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module) -> None:
     """Refuse what cannot be copied and traced as a plain module."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    inner = getattr(model, "_orig_mod", None)
-    if inner is not None:
-        raise ModelError("model must not be compiled, got the result of torch.compile; pass the original module")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ModelError(f"model must not be wrapped, got {type(model).__name__}; pass model.module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("model must be a Python module, got a ScriptModule; pass the module it was scripted from")
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, tensor in tensors.items():
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-            raise ModelError(f"model must be initialised, but {name} is lazy; run the model once on an example input")
-    devices = sorted({str(t.device) for t in tensors.values()})
+    require_plain("trace", model)
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = sorted({str(t.device) for t in tensors})
     if len(devices) > 1:
-        raise ModelError(f"model must lie on one device, got parameters on {', '.join(devices)}; use model.to(device)")
+        raise ModelError(
+            f"trace: model must lie on one device, got tensors on {', '.join(devices)}; use model.to(device)"
+        )
     if devices == ["meta"]:
-        raise ModelError("model must hold values, got parameters on the meta device; use model.to_empty() and reset it")
+        raise ModelError(
+            "trace: model must hold values, got tensors on the meta device; use model.to_empty() and initialise it"
+        )
 
 
 def _trace_mode(model: nn.Module) -> fx.GraphModule:

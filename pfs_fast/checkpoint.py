@@ -1,0 +1,92 @@
+"""Write the whole state of a search after an epoch, and go on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .config import SearchConfig
+from .errors import FileFormatError
+from .files import read_safetensors, write_safetensors
+from .groups import ChannelGroups
+from .loop import SearchLoop
+
+FORMAT, VERSION = "pfs_fast.checkpoint", 1
+
+
+class Checkpoint:
+    """One file, replaced after each epoch.
+
+    Args:
+        path: The file; a search that finds it goes on from it.
+        loop: The loop whose state is saved and restored.
+        fingerprint: Of the search; a file with another one is refused.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], loop: SearchLoop, fingerprint: str) -> None:
+        self._path, self._loop, self._fingerprint = Path(path), loop, fingerprint
+
+    def save(self) -> None:
+        state = self._loop.state
+        tensors = {f"gates.{name}": t for name, t in state.gates.tensors().items()}
+        tensors |= {f"network.{name}": t for name, t in self._loop.network.named_buffers()}
+        tensors["random"] = torch.random.get_rng_state()
+        if self._loop.device.type == "cuda":
+            tensors["random_cuda"] = torch.cuda.get_rng_state(self._loop.device)
+        if state.best is not None:
+            tensors["best.values"], tensors["best.died_at"] = state.best
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self._fingerprint,
+            "epoch": state.epoch,
+            "steps": state.steps,
+            "history": state.history,
+            "best_accuracy": state.best_accuracy,
+            "seconds": self._loop.seconds,
+        }
+        write_safetensors(self._path, tensors, metadata, caller="search")
+
+    def restore(self) -> bool:
+        """Set the loop to the saved state, if there is a file.
+
+        Raises:
+            FileFormatError: Truncated, of another format or version, or of another search.
+        """
+        if not self._path.exists():
+            return False
+        tensors, meta = read_safetensors(self._path, FORMAT, VERSION, caller="search")
+        if meta.get("fingerprint") != self._fingerprint:
+            raise FileFormatError(
+                f"search: checkpoint must be of this search (model, weights and config), got another one's in "
+                f"'{self._path}'; give another path, or delete the file to start anew"
+            )
+        state = self._loop.state
+        with torch.no_grad():
+            for name, tensor in state.gates.tensors().items():
+                tensor.copy_(tensors[f"gates.{name}"])
+            for name, buffer in self._loop.network.named_buffers():
+                buffer.copy_(tensors[f"network.{name}"])
+        torch.random.set_rng_state(tensors["random"])
+        if self._loop.device.type == "cuda" and "random_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random_cuda"], self._loop.device)
+        if "best.values" in tensors:
+            device = self._loop.device
+            state.best = (tensors["best.values"].to(device), tensors["best.died_at"].to(device))
+        state.epoch, state.steps, state.history = meta["epoch"], meta["steps"], meta["history"]
+        state.best_accuracy, state.seconds = meta["best_accuracy"], meta["seconds"]
+        return True
+
+
+def fingerprint(model: nn.Module, groups: ChannelGroups, config: SearchConfig) -> str:
+    """Hash of the weights, the gated groups and the options."""
+    digest = hashlib.sha256(repr((asdict(config), [(g.name, g.size) for g in groups.groups])).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,220 @@
+"""What a search gives: gates, and from them the structure for any budget."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import solver
+from .budget import Budget
+from .config import SearchConfig
+from .cost import CostModel
+from .errors import FileFormatError, ModelError
+from .files import read_safetensors, write_safetensors
+from .groups import ChannelGroup, ChannelGroups, Layer
+from .slim import slim as make_slim
+from .structure import Structure
+
+FORMAT, VERSION = "pfs_fast.search", 1
+
+
+@dataclass
+class SearchResult:
+    """Gates of one search. Any budget can be cut from them; nothing is trained again.
+
+    Attributes:
+        groups: The gated channel groups and the layers they pass through.
+        flat_gates: All gates, group after group. [G], float32 (float64 for ``precision="fp64"``), CPU.
+        died_at: Step at which each gate reached 0, -1 where it did not. [G], int32, CPU.
+        budget: The budget of the search.
+        reference: ``(macs, params)`` that shares of a budget refer to.
+        config: Options of the search, with ``target``, ``precision`` and ``backend`` as they were resolved.
+        history: One entry every ``config.log_every`` steps and at the end of each epoch: step, epoch, loss, accuracy,
+            mean_gate, alive (share of non-zero gates), seconds; validation accuracy where a loader was given.
+        model: The model that was searched, not a copy; None after ``load`` without one.
+    """
+
+    groups: ChannelGroups
+    flat_gates: Tensor
+    died_at: Tensor
+    budget: Budget
+    reference: tuple[int, int]
+    config: SearchConfig
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    model: nn.Module | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._cost_model = CostModel(self.groups)
+        self._structure: Structure | None = None
+
+    @property
+    def gates(self) -> dict[str, Tensor]:
+        """Gates of every group in [0, 1], by the name of its first producer. ``{group: [size]}``."""
+        return {g.name: self.flat_gates[g.start : g.start + g.size] for g in self.groups.groups}
+
+    @property
+    def structure(self) -> Structure:
+        """The structure for the budget of the search."""
+        if self._structure is None:
+            self._structure = self.structure_for(self.budget)
+        return self._structure
+
+    def structure_for(self, budget: float | int | Budget) -> Structure:
+        """The largest structure within a budget, by the same gates.
+
+        Args:
+            budget: Share of the reference's MACs in (0, 1], number of MACs, or ``Budget``.
+
+        Raises:
+            BudgetError: Malformed. InfeasibleBudgetError: Below the floor; prints the feasible range.
+        """
+        limits = Budget.of(budget).resolve(self.reference)
+        keep = solver.solve(self.groups, *self._ranking(), limits, self._cost_model)
+        return Structure.from_keep(self.groups, keep, self._cost_model)
+
+    def pareto(self, shares: Sequence[float] | None = None, *, multiple_of: int = 1, min_channels: int = 1) -> list[Structure]:
+        """Structures along the whole range of budgets, smallest first.
+
+        Args:
+            shares: Shares of the reference's MACs in (0, 1]; default: the feasible ones of 0.05, 0.10, ... 1.
+            multiple_of: As in ``Budget``.
+            min_channels: As in ``Budget``.
+        """
+        points = solver.pareto(
+            self.groups,
+            *self._ranking(),
+            shares,
+            reference=self.reference,
+            multiple_of=multiple_of,
+            min_channels=min_channels,
+            cost_model=self._cost_model,
+        )
+        return [Structure.from_keep(self.groups, point.keep, self._cost_model) for point in points]
+
+    def slim(
+        self, budget: float | int | Budget | None = None, weights: str = "fresh", *, seed: int | None = None
+    ) -> nn.Module:
+        """A slim network: plain module of the model's class with fewer channels.
+
+        Args:
+            budget: Default: the budget of the search.
+            weights: ``"fresh"``: initialised as the class does. ``"inherit"``: the kept slices of the model's weights.
+            seed: Of fresh weights; None: the global random state.
+
+        Raises:
+            ModelError: The result was loaded from a file without a model.
+        """
+        if self.model is None:
+            raise ModelError("SearchResult.slim: the result must know its model, got a loaded one; use load(path, model)")
+        structure = self.structure if budget is None else self.structure_for(budget)
+        return make_slim(self.model, structure, weights, seed=seed)
+
+    def report(self) -> str:
+        """The structure as a table, and every layer that was held whole with the reason."""
+        lines = [str(self.structure)]
+        if self.groups.fixed:
+            lines += ["", "held whole:", *(f"  {name}: {reason}" for name, reason in self.groups.fixed)]
+        return "\n".join(lines)
+
+    def _ranking(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.flat_gates.numpy(), self.died_at.numpy()
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything but the model to one safetensors file, whole or not at all.
+
+        Raises:
+            FileWriteError: The place cannot be written; an old file there stays as it was.
+        """
+        tensors = {"gates": self.flat_gates, "died_at": self.died_at}
+        for i, layer in enumerate(self.groups.layers):
+            tensors[f"layer.{i}.out_units"] = torch.from_numpy(layer.out_units)
+            if layer.kind != "bn":
+                tensors[f"layer.{i}.in_units"] = torch.from_numpy(layer.in_units)
+        plain = [f.name for f in fields(Layer) if not f.name.endswith("_units")]
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "budget": asdict(self.budget),
+            "reference": list(self.reference),
+            "config": asdict(self.config),
+            "history": self.history,
+            "groups": [asdict(group) for group in self.groups.groups],
+            "layers": [{name: getattr(layer, name) for name in plain} for layer in self.groups.layers],
+            "fixed": [list(pair) for pair in self.groups.fixed],
+            "other": [self.groups.other_macs, self.groups.other_params],
+        }
+        write_safetensors(path, tensors, metadata, caller="SearchResult.save")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> SearchResult:
+        """Read a file of ``save``.
+
+        Args:
+            path: The file.
+            model: A model of the searched class and widths, for ``slim``; any weights.
+
+        Raises:
+            FileFormatError: Truncated, of another format or version, inconsistent, or made for another model.
+        """
+        tensors, meta = read_safetensors(path, FORMAT, VERSION, caller="SearchResult.load")
+        try:
+            layers = []
+            for i, plain in enumerate(meta["layers"]):
+                out_units = tensors[f"layer.{i}.out_units"].numpy()
+                in_units = out_units if plain["kind"] == "bn" else tensors[f"layer.{i}.in_units"].numpy()
+                layers.append(Layer(out_units=out_units, in_units=in_units, **plain))
+            groups = ChannelGroups(
+                tuple(
+                    ChannelGroup(**{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()})
+                    for group in meta["groups"]
+                ),
+                tuple(layers),
+                tuple((name, reason) for name, reason in meta["fixed"]),
+                *meta["other"],
+            )
+            result = cls(
+                groups,
+                tensors["gates"],
+                tensors["died_at"],
+                Budget(**meta["budget"]),
+                (int(meta["reference"][0]), int(meta["reference"][1])),
+                SearchConfig(**meta["config"]),
+                meta["history"],
+                model,
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise FileFormatError(
+                f"SearchResult.load: path must hold a whole search result, got '{path}' with {type(error).__name__}: "
+                f"{error}; save the result again"
+            ) from error
+        if len(result.flat_gates) != groups.num_units or len(result.died_at) != groups.num_units:
+            raise FileFormatError(
+                f"SearchResult.load: path must hold {groups.num_units} gates, got {len(result.flat_gates)} and "
+                f"{len(result.died_at)} times of death in '{path}'; save the result again"
+            )
+        if model is not None:
+            _check_model(path, groups, model)
+        return result
+
+
+def _check_model(path: str | os.PathLike[str], groups: ChannelGroups, model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for layer in groups.layers:
+        weight = getattr(modules.get(layer.name), "weight", None)
+        if weight is None and layer.kind == "bn":
+            continue  # without affine parameters its width shows nowhere else
+        if weight is None or weight.shape[0] != len(layer.out_units):
+            got = "no such layer" if weight is None else f"{weight.shape[0]} channels"
+            raise FileFormatError(
+                f"SearchResult.load: model must be the one that was searched, got {got} at '{layer.name}' where "
+                f"'{path}' has {len(layer.out_units)} channels; build the model with the same arguments"
+            )
