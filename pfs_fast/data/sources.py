@@ -170,12 +170,13 @@ def _image_set(
 def _read_npz(function: str, path: Path) -> dict[str, np.ndarray]:
     wanted = ("x_train", "y_train", "x_test", "y_test", "images", "labels")
     try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("it holds one array, not an archive of named ones")
-        with archive as file:
-            found = {name: file[name] for name in file.files if name in wanted}
-            return found or {name: np.empty(0) for name in file.files}
+        # Opened here because NumPy leaves the file open when it finds that it cannot read it.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it holds one array, not an archive of named ones")
+            found = {name: archive[name] for name in archive.files if name in wanted}
+            return found or {name: np.empty(0) for name in archive.files}
     except FileNotFoundError as error:
         raise LoaderError(
             f"{function}: path must be an existing .npz file, got {path}; check the spelling"
