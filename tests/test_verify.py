@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from test_slim import CONV, NET, Net, broken, structure
+from torch import nn
+
+from pfs_fast.errors import ConfigError, ModelError, StructureError
+from pfs_fast.slim import slim
+from pfs_fast.verify import verify
+
+X = torch.zeros(8, 3, 2, 2)  # several images, so that no channel is 0 after ReLU for all
+
+
+def test_correct_structure_passes_with_a_report():
+    report = verify(Net(), NET, X)
+    assert report.passed and report.max_error < 1e-12 and report.layer is None
+    assert (report.layers_compared, report.trials, report.rtol) == (5, 2, 1e-9)
+    assert "masked and slim networks are equal" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("s", "layer"),
+    [
+        (
+            broken(layers={"conv": (1, 3, 4, 7)}),
+            "bn",
+        ),  # wrong channel of one layer: its norm no longer fits
+        (broken(layers={"bn": (1, 3, 4, 7)}), "bn"),
+        (broken(inputs={"grouped": (1, 3, 4, 7)}), "grouped"),
+        (broken(inputs={"grouped": (3, 1, 4, 6)}), "grouped"),  # permuted
+        (broken(layers={"conv": (3, 1, 4, 6)}), "bn"),
+        (broken(inputs={"fc": (*NET.inputs["fc"][:-1], 95)}), "fc"),
+        (broken(inputs={"fc": NET.inputs["fc"][::-1]}), "fc"),
+    ],
+)
+def test_wrong_structure_fails_and_names_the_first_layer(s, layer):
+    with pytest.raises(StructureError, match=f"NOT equal: .* first differing layer {layer} "):
+        verify(Net(), s, X)
+    report = verify(Net(), s, X, raise_on_fail=False)
+    assert not report.passed and report.layer == layer and report.layer_error > 1e-3
+
+
+def test_cut_that_does_not_run_fails():
+    with pytest.raises(StructureError, match="verify: the slim network must run, got RuntimeError"):
+        verify(Net(), broken(layers={"conv": CONV[:3]}), X)
+
+
+def test_slim_model_with_inherited_weights_passes():
+    model = Net()
+    assert verify(model, NET, X, slim(model, NET, "inherit")).passed
+
+
+@pytest.mark.parametrize("layer", ["conv", "depthwise", "fc"])
+def test_slim_model_with_a_wrong_weight_fails(layer):
+    model = Net()
+    narrow = slim(model, NET, "inherit")
+    weight = narrow.get_submodule(layer).weight
+    weight.data[1].add_(1e-6)
+    report = verify(model, NET, X, narrow, raise_on_fail=False)
+    assert not report.passed and report.layer == layer
+
+
+def test_slim_model_of_another_structure_fails():
+    model = Net()
+    other = slim(model, structure({}, {}, {}), "inherit")
+    with pytest.raises(
+        StructureError,
+        match="layer bn must keep 4 channels in slim_model, got 8; pass the slim network of",
+    ):
+        verify(model, NET, X, other)
+
+
+def test_verify_leaves_models_and_random_state_alone():
+    model = Net()
+    narrow = slim(model, NET, "inherit")
+    before = [copy.deepcopy(net.state_dict()) for net in (model, narrow)]
+    state = torch.get_rng_state()
+    verify(model, NET, X, narrow)
+    for net, old in zip((model, narrow), before, strict=True):
+        assert all(torch.equal(old[key], value) for key, value in net.state_dict().items())
+        assert net.training and not any(
+            m._forward_hooks or m._forward_pre_hooks for m in net.modules()
+        )
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_dropped_channels_that_are_not_zero_are_found():
+    class Sigmoid(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.grouped(torch.sigmoid(self.bn(self.conv(x)))).flatten(1)
+
+    s = structure(
+        {"conv": CONV, "bn": CONV},
+        {"grouped": CONV},
+        {"conv": (3, 8), "bn": (8, 8), "grouped": (8, 12)},
+    )
+    assert verify(Sigmoid(), s, X, raise_on_fail=False).layer == "grouped"
+
+
+def test_in_place_activations_and_nested_outputs_are_compared():
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.head = (
+                nn.Conv2d(3, 8, 1),
+                nn.BatchNorm2d(8),
+                nn.Conv2d(8, 2, 1),
+            )
+
+        def forward(self, x: torch.Tensor, scale: int) -> dict:
+            y = nn.functional.relu_(self.bn(self.conv(x))) * scale
+            return {"out": self.head(y), "aux": [y.mean((1, 2, 3))]}
+
+    s = structure(
+        {"conv": CONV, "bn": CONV}, {"head": CONV}, {"conv": (3, 8), "bn": (8, 8), "head": (8, 2)}
+    )
+    report = verify(Nested(), s, (X, 2), raise_on_fail=False)
+    assert report.layer is None and not report.passed  # the mean over channels is what differs
+    assert report.max_error > 1e-3
+
+
+def test_random_forwards_draw_the_same_numbers():
+    class Noisy(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + torch.randn(x.size(0), 1, dtype=x.dtype)
+
+    assert verify(Noisy(), NET, X).passed
+
+
+def test_proof_with_zero_outputs_is_refused():
+    class Zero(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 0
+
+    with pytest.raises(
+        StructureError,
+        match=r"must be finite and not all 0, got a largest value of 0.0; nothing can be",
+    ):
+        verify(Zero(), NET, X)
+
+
+def test_deep_networks_stay_in_range():
+    blocks = [m for _ in range(60) for m in (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(16, 2))
+    for module in model:
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.mul_(1e8)
+    kept = (0, 2)
+    s = structure({"0": kept, "1": kept}, {"2": kept}, {"0": (4, 4), "1": (4, 4), "2": (4, 4)})
+    assert verify(model, s, torch.zeros(3, 4, 2, 2)).passed
+
+
+@pytest.mark.parametrize(
+    ("model", "example_input", "options", "error", "text"),
+    [
+        (
+            nn.DataParallel(Net()),
+            X,
+            {},
+            ModelError,
+            "verify: model must be a plain module, got DataParallel",
+        ),
+        (
+            Net(),
+            "x",
+            {},
+            ModelError,
+            "verify: example_input must be a tensor or a tuple with tensors, got str",
+        ),
+        (
+            Net(),
+            torch.zeros(1, 4, 2, 2),
+            {},
+            ModelError,
+            r"must be accepted by the model, got shape \(1, 4, 2, 2\)",
+        ),
+        (
+            Net(),
+            X,
+            {"trials": 0},
+            ConfigError,
+            "verify: trials must be a whole number of at least 1, got 0",
+        ),
+    ],
+)
+def test_verify_names_bad_arguments(model, example_input, options, error, text):
+    with pytest.raises(error, match=text):
+        verify(model, NET, example_input, **options)
+
+
+def test_structure_of_another_model_is_named_by_layer():
+    s = dataclasses.replace(NET, widths={**NET.widths, "conv": (3, 9)})
+    with pytest.raises(StructureError, match=r"layer conv must have \(in, out\) = \(3, 9\)"):
+        verify(Net(), s, X)
