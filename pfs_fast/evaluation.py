@@ -108,9 +108,10 @@ class Forward:
             first: The first batch: an error of the model is then one of the images' shape.
         """
         layout = torch.channels_last if self.channels_last and images.dim() == 4 else None
+        halved = self.autocast is not None and images.dtype == self.autocast
         images = images.to(
             self.device,
-            self.dtype,
+            images.dtype if halved else self.dtype,
             non_blocking=True,
             memory_format=layout or torch.preserve_format,
         )

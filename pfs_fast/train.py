@@ -19,7 +19,7 @@ from .errors import ModelError, NonFiniteLossError
 from .evaluation import Accuracy, Forward, correct, device_of, evaluate, evaluate_with, unwrap
 from .progress import Progress
 from .recipes import TrainConfig, autocast_dtype, scratch_b_epochs
-from .weights import Average, Snapshot, parameter_groups
+from .weights import Average, Snapshot, all_finite, parameter_groups
 
 __all__ = ["Accuracy", "TrainConfig", "TrainResult", "evaluate", "scratch_b_epochs", "train"]
 
@@ -89,7 +89,7 @@ def train(
     Raises:
         LoaderError: An empty loader, one that can be read once only, or batches of a wrong form, dtype or label range.
         NonFiniteLossError: The loss became NaN or infinite. Checked at each step on the CPU; elsewhere every 50 steps, since
-            reading the loss waits for the device.
+            reading the loss waits for the device. The weights are checked after each epoch.
         ModelError: No parameter to train, parameters on several devices, or outputs that are no logits.
 
     Example:
@@ -219,7 +219,9 @@ class _Run:
         )
         loss = entropy(logits)
         for other in auxiliary:
-            loss = loss + _AUXILIARY_WEIGHT.get(len(auxiliary), 0.3) * entropy(other.float())
+            loss = loss + _AUXILIARY_WEIGHT.get(len(auxiliary), 0.3) * entropy(
+                other.to(logits.dtype)
+            )
         self.step += 1
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             raise _non_finite(self.step, loss.item())
@@ -233,6 +235,8 @@ class _Run:
 
     def _finish_epoch(self, epoch: int, val_loader: Loader | None) -> Accuracy | None:
         """Evaluates what will be kept (the average, where there is one) and keeps it."""
+        if not all_finite(self.plain):  # the last step's gradient, which no later loss would show
+            raise _non_finite(self.step, math.nan, "weights")
         if self.average is not None:
             self.average.swap()
         try:
@@ -301,9 +305,9 @@ class _StepLog:
         return self._sums[1] / max(self._images, 1)
 
 
-def _non_finite(step: int, loss: float) -> NonFiniteLossError:
+def _non_finite(step: int, value: float, what: str = "loss") -> NonFiniteLossError:
     return NonFiniteLossError(
-        f"train: loss must stay finite, got {loss} at step {step}; the model is back at its last complete epoch. Try a lower "
+        f"train: {what} must stay finite, got {value} at step {step}; the model is back at its last complete epoch. Try a lower "
         "lr, amp='off' or 'bf16' in place of 'fp16', and look for NaN in the images"
     )
 

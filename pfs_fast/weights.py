@@ -34,6 +34,16 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+@torch.no_grad()
+def all_finite(model: nn.Module) -> bool:
+    """Whether no trained parameter holds NaN or infinity (a buffer may, as masks do). Waits for the device."""
+    trained = [p.detach() for p in model.parameters() if p.requires_grad and p.numel()]
+    if not trained:
+        return True
+    largest = torch._foreach_norm(trained, float("inf"))  # the 2-norm could overflow
+    return bool(torch.stack([norm.isfinite() for norm in largest]).all())
+
+
 class Snapshot:
     """A copy of all parameters and buffers, on their device, that can be taken anew and put back."""
 

@@ -387,6 +387,23 @@ def test_nan_loss_in_the_first_epoch_gives_the_model_back():
     assert_same(before, state_of(net))
 
 
+def test_nan_gradient_of_an_epochs_last_step_does_not_reach_the_kept_state():
+    data = batches(1)
+    net = Net()
+    reference = copy.deepcopy(net)
+    gradients = []
+
+    def spoil(grad: Tensor) -> Tensor:
+        gradients.append(grad)
+        return grad * math.nan if len(gradients) == 2 else grad
+
+    net.fc.weight.register_hook(spoil)
+    with pytest.raises(NonFiniteLossError, match="weights must stay finite, got nan at step 2"):
+        fit(net, data, data, schedule="constant")
+    fit(reference, data, epochs=1, schedule="constant")
+    assert_same(state_of(reference), state_of(net))
+
+
 def test_diverging_training_is_found_by_the_loss_log():
     """What a device would find late: the log names the first bad step, not the one of the read."""
     from pfs_fast.evaluation import Forward
