@@ -76,7 +76,9 @@ def test_large_mean_survives_in_float32(layout, device):
     # The mean itself is a float32: half a unit of 1e4 is 5e-4, against a standard deviation of 1.
     # E[x^2] - E[x]^2 would be off by about 6.
     torch.testing.assert_close(got["y"].double(), expected["y"], rtol=0, atol=2e-3)
-    torch.testing.assert_close(got["grad_gate"].double(), expected["grad_gate"], rtol=2e-3, atol=0.1)
+    torch.testing.assert_close(
+        got["grad_gate"].double(), expected["grad_gate"], rtol=2e-3, atol=0.1
+    )
     _, _, var, _ = torch.ops.pfs_fast.bn_gate_act(
         problem.x, None, None, None, None, None, None, True, 1e-5, "relu"
     )

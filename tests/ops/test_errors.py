@@ -113,19 +113,40 @@ def test_bn_gate_act_backward_refuses_a_foreign_mask(device):
     mask = torch.zeros(1, dtype=torch.uint8, device=device)
     with pytest.raises(ValueError, match="aux must be the bitmask of the forward pass, uint8 of 6"):
         torch.ops.pfs_fast._bn_gate_act_backward(
-            x, x, per_channel, per_channel, None, None, None, mask, True, 1e-5, "relu", True, [True] * 5
+            x,
+            x,
+            per_channel,
+            per_channel,
+            None,
+            None,
+            None,
+            mask,
+            True,
+            1e-5,
+            "relu",
+            True,
+            [True] * 5,
         )
 
 
 CONV_ERRORS = {
     "dimensions": (dict(x=(3, 8, 8)), r"weight must have 3 dimensions"),
     "two dimensions": (dict(x=(3, 8)), r"x must have 3 to 5 dimensions"),
-    "channels": (dict(x=(2, 5, 8, 8)), r"x must have 4 channels \(weight.size\(1\) \* groups\), got 5"),
+    "channels": (
+        dict(x=(2, 5, 8, 8)),
+        r"x must have 4 channels \(weight.size\(1\) \* groups\), got 5",
+    ),
     "bias": (dict(bias=(7,)), r"bias must have shape \[C_out\] with C_out = 6"),
     "stride": (dict(stride=0), "stride must be at least 1"),
-    "stride list": (dict(stride=(1, 1, 1)), r"stride must have one value per spatial dimension \(2\)"),
+    "stride list": (
+        dict(stride=(1, 1, 1)),
+        r"stride must have one value per spatial dimension \(2\)",
+    ),
     "padding": (dict(padding=-1), "padding must be at least 0"),
-    "groups": (dict(groups=4), "groups must be at least 1 and divide the output channels, 6, got 4"),
+    "groups": (
+        dict(groups=4),
+        "groups must be at least 1 and divide the output channels, 6, got 4",
+    ),
 }
 
 
@@ -161,7 +182,11 @@ def gate_arguments(device):
 
 
 GATE_ERRORS = {
-    "gates shape": (dict(gates=lambda d: torch.ones(3, 1, device=d)), ValueError, "gates must have"),
+    "gates shape": (
+        dict(gates=lambda d: torch.ones(3, 1, device=d)),
+        ValueError,
+        "gates must have",
+    ),
     "gates dtype": (
         dict(gates=lambda d: torch.ones(3, device=d, dtype=torch.bfloat16)),
         TypeError,

@@ -60,7 +60,21 @@ def test_opcheck_bn_gate_act_backward(act, residual, device):
         mask[4] = mask[4] and residual
         torch.library.opcheck(
             library._bn_gate_act_backward,
-            (problem.grad_y, x, mean, var, gate, weight, bias, aux, True, 1e-5, act, residual, mask),
+            (
+                problem.grad_y,
+                x,
+                mean,
+                var,
+                gate,
+                weight,
+                bias,
+                aux,
+                True,
+                1e-5,
+                act,
+                residual,
+                mask,
+            ),
         )
 
 
@@ -83,7 +97,20 @@ def test_opcheck_gate_step(device):
     moments = (torch.zeros_like(gates), torch.zeros_like(gates))
     torch.library.opcheck(
         library.gate_step_,
-        (gates, torch.randn_like(gates), *moments, step, died_at, 0.01, 0.9, 0.999, 1e-8, 0.5, 0.5, 9),
+        (
+            gates,
+            torch.randn_like(gates),
+            *moments,
+            step,
+            died_at,
+            0.01,
+            0.9,
+            0.999,
+            1e-8,
+            0.5,
+            0.5,
+            9,
+        ),
     )
 
 
