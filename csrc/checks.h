@@ -19,14 +19,18 @@ inline Act parse_act(const char* op, std::string_view act) {
   if (act == "relu6") return Act::kRelu6;
   if (act == "silu") return Act::kSilu;
   if (act == "hardswish") return Act::kHardswish;
-  TORCH_CHECK_VALUE(false, op, ": act must be one of identity, relu, relu6, silu, hardswish, got \"", std::string(act),
-                    "\"; use \"identity\" and apply the activation afterwards");
+  TORCH_CHECK_VALUE(false, op,
+                    ": act must be one of identity, relu, relu6, silu, hardswish, got \"",
+                    std::string(act), "\"; use \"identity\" and apply the activation afterwards");
 }
 
-inline at::ScalarType acc_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType acc_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 inline bool is_supported_dtype(at::ScalarType type, bool is_cuda) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || (is_cuda && type == at::kHalf);
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
+         (is_cuda && type == at::kHalf);
 }
 
 inline int64_t values_per_channel(const at::Tensor& x) {
@@ -36,34 +40,39 @@ inline int64_t values_per_channel(const at::Tensor& x) {
 }
 
 inline void check_x(const char* op, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() >= 2 && x.dim() <= 5, op, ": x must have 2 to 5 dimensions [N, C, *spatial], got shape ",
-                    x.sizes(), "; reshape it");
+  TORCH_CHECK_VALUE(x.dim() >= 2 && x.dim() <= 5, op,
+                    ": x must have 2 to 5 dimensions [N, C, *spatial], got shape ", x.sizes(),
+                    "; reshape it");
   TORCH_CHECK_TYPE(is_supported_dtype(x.scalar_type(), x.is_cuda()), op, ": x must be float32, ",
-                   x.is_cuda() ? "float16, " : "", "bfloat16 or float64 on ", x.device().type(), ", got ", x.scalar_type(),
-                   "; convert it");
+                   x.is_cuda() ? "float16, " : "", "bfloat16 or float64 on ", x.device().type(),
+                   ", got ", x.scalar_type(), "; convert it");
 }
 
-inline void check_same_device(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x,
-                              const char* x_name = "x") {
-  TORCH_CHECK_VALUE(t.device() == x.device(), op, ": ", name, " must be on the device of ", x_name, " (", x.device(), "), got ",
-                    t.device(), "; move it there");
+inline void check_same_device(const char* op, const char* name, const at::Tensor& t,
+                              const at::Tensor& x, const char* x_name = "x") {
+  TORCH_CHECK_VALUE(t.device() == x.device(), op, ": ", name, " must be on the device of ", x_name,
+                    " (", x.device(), "), got ", t.device(), "; move it there");
 }
 
-inline void check_per_channel(const char* op, const char* name, const std::optional<at::Tensor>& t, const at::Tensor& x) {
+inline void check_per_channel(const char* op, const char* name, const std::optional<at::Tensor>& t,
+                              const at::Tensor& x) {
   if (!t.has_value() || !t->defined()) return;
   const int64_t num_channels = x.size(1);
-  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == num_channels, op, ": ", name, " must have shape [C] with C = ",
-                    num_channels, " (x.size(1)), got ", t->sizes(), "; pass one value per channel");
-  TORCH_CHECK_TYPE(t->scalar_type() == acc_type(x), op, ": ", name, " must be ", acc_type(x), " for x of ", x.scalar_type(),
-                   ", got ", t->scalar_type(), "; convert it");
+  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == num_channels, op, ": ", name,
+                    " must have shape [C] with C = ", num_channels, " (x.size(1)), got ",
+                    t->sizes(), "; pass one value per channel");
+  TORCH_CHECK_TYPE(t->scalar_type() == acc_type(x), op, ": ", name, " must be ", acc_type(x),
+                   " for x of ", x.scalar_type(), ", got ", t->scalar_type(), "; convert it");
   check_same_device(op, name, *t, x);
 }
 
-inline void check_like_x(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(t.sizes() == x.sizes(), op, ": ", name, " must have the shape of x, ", x.sizes(), ", got ", t.sizes(),
-                    "; nothing is broadcast");
-  TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x, ", x.scalar_type(),
-                   ", got ", t.scalar_type(), "; convert it");
+inline void check_like_x(const char* op, const char* name, const at::Tensor& t,
+                         const at::Tensor& x) {
+  TORCH_CHECK_VALUE(t.sizes() == x.sizes(), op, ": ", name, " must have the shape of x, ",
+                    x.sizes(), ", got ", t.sizes(), "; nothing is broadcast");
+  TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), op, ": ", name,
+                   " must have the dtype of x, ", x.scalar_type(), ", got ", t.scalar_type(),
+                   "; convert it");
   check_same_device(op, name, t, x);
 }
 
@@ -71,10 +80,12 @@ inline bool is_present(const std::optional<at::Tensor>& t) { return t.has_value(
 
 // Checks everything that bn_gate_act takes; returns the activation.
 inline Act check_bn_gate_act(const at::Tensor& x, const std::optional<at::Tensor>& gate,
-                             const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
-                             const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& running_mean,
-                             const std::optional<at::Tensor>& running_var, bool training, double eps,
-                             std::string_view act) {
+                             const std::optional<at::Tensor>& weight,
+                             const std::optional<at::Tensor>& bias,
+                             const std::optional<at::Tensor>& residual,
+                             const std::optional<at::Tensor>& running_mean,
+                             const std::optional<at::Tensor>& running_var, bool training,
+                             double eps, std::string_view act) {
   constexpr const char* op = "bn_gate_act";
   check_x(op, x);
   check_per_channel(op, "gate", gate, x);
@@ -83,26 +94,30 @@ inline Act check_bn_gate_act(const at::Tensor& x, const std::optional<at::Tensor
   check_per_channel(op, "running_mean", running_mean, x);
   check_per_channel(op, "running_var", running_var, x);
   if (is_present(residual)) check_like_x(op, "residual", *residual, x);
-  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, op, ": eps must be finite and at least 0, got ", eps,
-                    "; the usual value is 1e-5");
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, op, ": eps must be finite and at least 0, got ",
+                    eps, "; the usual value is 1e-5");
   if (training) {
     TORCH_CHECK_VALUE(values_per_channel(x) != 1 || x.size(1) == 0, op,
-                      ": x must have more than 1 value per channel when training, got shape ", x.sizes(),
-                      "; use a larger batch or training=False");
+                      ": x must have more than 1 value per channel when training, got shape ",
+                      x.sizes(), "; use a larger batch or training=False");
   } else {
     TORCH_CHECK_VALUE(is_present(running_mean), op,
-                      ": running_mean must be given when training is False, got None; pass it or set training=True");
+                      ": running_mean must be given when training is False, got None; pass it or "
+                      "set training=True");
     TORCH_CHECK_VALUE(is_present(running_var), op,
-                      ": running_var must be given when training is False, got None; pass it or set training=True");
+                      ": running_var must be given when training is False, got None; pass it or "
+                      "set training=True");
   }
   return parse_act(op, act);
 }
 
 // Checks everything that _bn_gate_act_backward takes; returns the activation.
-inline Act check_bn_gate_act_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
-                                      const at::Tensor& var, const std::optional<at::Tensor>& gate,
-                                      const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
-                                      const at::Tensor& aux, std::string_view act, bool has_residual) {
+inline Act check_bn_gate_act_backward(const at::Tensor& grad_y, const at::Tensor& x,
+                                      const at::Tensor& mean, const at::Tensor& var,
+                                      const std::optional<at::Tensor>& gate,
+                                      const std::optional<at::Tensor>& weight,
+                                      const std::optional<at::Tensor>& bias, const at::Tensor& aux,
+                                      std::string_view act, bool has_residual) {
   constexpr const char* op = "_bn_gate_act_backward";
   check_x(op, x);
   check_like_x(op, "grad_y", grad_y, x);
@@ -117,9 +132,11 @@ inline Act check_bn_gate_act_backward(const at::Tensor& grad_y, const at::Tensor
     case AuxKind::kNone:
       break;
     case AuxKind::kBitmask:
-      TORCH_CHECK_VALUE(aux.scalar_type() == at::kByte && aux.is_contiguous() && aux.numel() == (x.numel() + 7) / 8, op,
-                        ": aux must be the bitmask of the forward pass, uint8 of ", (x.numel() + 7) / 8, " bytes, got ",
-                        aux.scalar_type(), " of shape ", aux.sizes(), "; pass what bn_gate_act returned");
+      TORCH_CHECK_VALUE(aux.scalar_type() == at::kByte && aux.is_contiguous() &&
+                            aux.numel() == (x.numel() + 7) / 8,
+                        op, ": aux must be the bitmask of the forward pass, uint8 of ",
+                        (x.numel() + 7) / 8, " bytes, got ", aux.scalar_type(), " of shape ",
+                        aux.sizes(), "; pass what bn_gate_act returned");
       break;
     case AuxKind::kPreAct:
       check_like_x(op, "aux", aux, x);
@@ -128,43 +145,54 @@ inline Act check_bn_gate_act_backward(const at::Tensor& grad_y, const at::Tensor
   return parsed;
 }
 
-inline void check_gate_vector(const char* name, const at::Tensor& t, const at::Tensor& gates, at::ScalarType type,
-                              bool contiguous) {
+inline void check_gate_vector(const char* name, const at::Tensor& t, const at::Tensor& gates,
+                              at::ScalarType type, bool contiguous) {
   constexpr const char* op = "gate_step_";
-  TORCH_CHECK_VALUE(t.sizes() == gates.sizes(), op, ": ", name, " must have shape [G] with G = ", gates.numel(),
-                    " (gates.numel()), got ", t.sizes(), "; one value per gate");
-  TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, " must be ", type, ", got ", t.scalar_type(), "; convert it");
-  TORCH_CHECK_VALUE(!contiguous || t.is_contiguous(), op, ": ", name, " must be contiguous, got strides ", t.strides(),
+  TORCH_CHECK_VALUE(t.sizes() == gates.sizes(), op, ": ", name,
+                    " must have shape [G] with G = ", gates.numel(), " (gates.numel()), got ",
+                    t.sizes(), "; one value per gate");
+  TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, " must be ", type, ", got ",
+                   t.scalar_type(), "; convert it");
+  TORCH_CHECK_VALUE(!contiguous || t.is_contiguous(), op, ": ", name,
+                    " must be contiguous, got strides ", t.strides(),
                     "; it is changed in place, keep it as a flat vector");
   check_same_device(op, name, t, gates, "gates");
 }
 
-inline void check_gate_step(const at::Tensor& gates, const at::Tensor& grad, const at::Tensor& exp_avg,
-                            const at::Tensor& exp_avg_sq, const at::Tensor& step, const at::Tensor& died_at, double lr,
-                            double beta1, double beta2, double eps, double gamma, double target, int64_t num_gates) {
+inline void check_gate_step(const at::Tensor& gates, const at::Tensor& grad,
+                            const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+                            const at::Tensor& step, const at::Tensor& died_at, double lr,
+                            double beta1, double beta2, double eps, double gamma, double target,
+                            int64_t num_gates) {
   constexpr const char* op = "gate_step_";
-  TORCH_CHECK_VALUE(gates.dim() == 1, op, ": gates must have shape [G], got ", gates.sizes(), "; flatten them");
+  TORCH_CHECK_VALUE(gates.dim() == 1, op, ": gates must have shape [G], got ", gates.sizes(),
+                    "; flatten them");
   TORCH_CHECK_TYPE(gates.scalar_type() == at::kFloat || gates.scalar_type() == at::kDouble, op,
-                   ": gates must be float32 or float64, got ", gates.scalar_type(), "; convert them");
+                   ": gates must be float32 or float64, got ", gates.scalar_type(),
+                   "; convert them");
   check_gate_vector("gates", gates, gates, gates.scalar_type(), true);
   check_gate_vector("grad", grad, gates, gates.scalar_type(), false);
   check_gate_vector("exp_avg", exp_avg, gates, gates.scalar_type(), true);
   check_gate_vector("exp_avg_sq", exp_avg_sq, gates, gates.scalar_type(), true);
   check_gate_vector("died_at", died_at, gates, at::kInt, true);
-  TORCH_CHECK_VALUE(step.numel() == 1 && step.scalar_type() == at::kLong, op, ": step must be one int64 value [1], got ",
-                    step.scalar_type(), " of shape ", step.sizes(), "; use torch.zeros(1, dtype=torch.int64)");
+  TORCH_CHECK_VALUE(step.numel() == 1 && step.scalar_type() == at::kLong, op,
+                    ": step must be one int64 value [1], got ", step.scalar_type(), " of shape ",
+                    step.sizes(), "; use torch.zeros(1, dtype=torch.int64)");
   check_same_device(op, "step", step, gates, "gates");
-  TORCH_CHECK_VALUE(std::isfinite(lr) && lr >= 0, op, ": lr must be finite and at least 0, got ", lr,
-                    "; the paper's value is 0.01");
-  TORCH_CHECK_VALUE(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, op, ": betas must lie in [0, 1), got (", beta1, ", ",
-                    beta2, "); the usual values are (0.9, 0.999)");
-  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, op, ": eps must be finite and at least 0, got ", eps,
-                    "; the usual value is 1e-8");
-  TORCH_CHECK_VALUE(std::isfinite(gamma), op, ": gamma must be finite, got ", gamma, "; the paper's value is 0.5");
-  TORCH_CHECK_VALUE(std::isfinite(target), op, ": target must be finite, got ", target, "; use the share of gates to keep");
+  TORCH_CHECK_VALUE(std::isfinite(lr) && lr >= 0, op, ": lr must be finite and at least 0, got ",
+                    lr, "; the paper's value is 0.01");
+  TORCH_CHECK_VALUE(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, op,
+                    ": betas must lie in [0, 1), got (", beta1, ", ", beta2,
+                    "); the usual values are (0.9, 0.999)");
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, op, ": eps must be finite and at least 0, got ",
+                    eps, "; the usual value is 1e-8");
+  TORCH_CHECK_VALUE(std::isfinite(gamma), op, ": gamma must be finite, got ", gamma,
+                    "; the paper's value is 0.5");
+  TORCH_CHECK_VALUE(std::isfinite(target), op, ": target must be finite, got ", target,
+                    "; use the share of gates to keep");
   TORCH_CHECK_VALUE(num_gates >= gates.numel() && (num_gates > 0 || gates.numel() == 0), op,
-                    ": num_gates must be at least the number of gates, ", gates.numel(), ", got ", num_gates,
-                    "; count all gates, also those already removed");
+                    ": num_gates must be at least the number of gates, ", gates.numel(), ", got ",
+                    num_gates, "; count all gates, also those already removed");
 }
 
 }  // namespace pfs::checks

@@ -1,5 +1,5 @@
-// The Python module pfs_fast._C. Importing it runs the registrations of the other files; it adds only what the library can say
-// about itself. The one file that includes Python.h.
+// The Python module pfs_fast._C. Importing it runs the registrations of the other files; it adds
+// only what the library can say about itself. The one file that includes Python.h.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -11,21 +11,25 @@
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled operators of pfs_fast (torch.ops.pfs_fast).";
-  m.def("build_info", [] {
-    pybind11::dict info;
-    info["torch"] = PFS_STRINGIFY(PFS_FAST_TORCH_VERSION);
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["torch"] = PFS_STRINGIFY(PFS_FAST_TORCH_VERSION);
 #ifdef __VERSION__
-    info["compiler"] = __VERSION__;
+        info["compiler"] = __VERSION__;
 #endif
 #ifdef PFS_FAST_WITH_CUDA
-    info["cuda"] = true;
-    info["cuda_archs"] = PFS_STRINGIFY(PFS_FAST_CUDA_ARCHS);
+        info["cuda"] = true;
+        info["cuda_archs"] = PFS_STRINGIFY(PFS_FAST_CUDA_ARCHS);
 #else
-    info["cuda"] = false;
-    info["cuda_archs"] = "";
+        info["cuda"] = false;
+        info["cuda_archs"] = "";
 #endif
-    return info;
-  }, "What this library was built with.");
-  m.def("cpu_isa", [] { return std::string(pfs::cpu_isa()); },
-        "Instruction set of the CPU kernels in this process.");
+        return info;
+      },
+      "What this library was built with.");
+  m.def(
+      "cpu_isa", [] { return std::string(pfs::cpu_isa()); },
+      "Instruction set of the CPU kernels in this process.");
 }

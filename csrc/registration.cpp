@@ -1,5 +1,5 @@
-// All schemas on one page. Each kernel file ends with the TORCH_LIBRARY_IMPL block of its backend; fake kernels, autograd and
-// autocast are registered in Python (pfs_fast/ops/_registration.py).
+// All schemas on one page. Each kernel file ends with the TORCH_LIBRARY_IMPL block of its backend;
+// fake kernels, autograd and autocast are registered in Python (pfs_fast/ops/_registration.py).
 #include <torch/library.h>
 
 TORCH_LIBRARY(pfs_fast, m) {
@@ -7,19 +7,27 @@ TORCH_LIBRARY(pfs_fast, m) {
   m.set_python_module("pfs_fast.ops._registration");
 
   m.def(
-      "bn_gate_act(Tensor x, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? running_mean, "
-      "Tensor? running_var, bool training, float eps, str act) -> (Tensor y, Tensor mean, Tensor var, Tensor aux)");
+      "bn_gate_act(Tensor x, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? "
+      "running_mean, "
+      "Tensor? running_var, bool training, float eps, str act) -> (Tensor y, Tensor mean, Tensor "
+      "var, Tensor aux)");
   m.def(
-      "_bn_gate_act_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? gate, Tensor? weight, Tensor? bias, "
+      "_bn_gate_act_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? gate, "
+      "Tensor? weight, Tensor? bias, "
       "Tensor aux, bool training, float eps, str act, bool has_residual, bool[5] output_mask) -> "
-      "(Tensor grad_x, Tensor grad_gate, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+      "(Tensor grad_x, Tensor grad_gate, Tensor grad_weight, Tensor grad_bias, Tensor "
+      "grad_residual)");
   m.def(
-      "frozen_conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "frozen_conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, "
       "SymInt groups) -> Tensor");
   m.def(
-      "_frozen_conv_backward(Tensor grad_y, Tensor weight, SymInt[] input_size, SymInt[] stride, SymInt[] padding, "
+      "_frozen_conv_backward(Tensor grad_y, Tensor weight, SymInt[] input_size, SymInt[] stride, "
+      "SymInt[] padding, "
       "SymInt[] dilation, SymInt groups) -> Tensor");
   m.def(
-      "gate_step_(Tensor(a!) gates, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, "
-      "Tensor(e!) died_at, float lr, float beta1, float beta2, float eps, float gamma, float target, int num_gates) -> ()");
+      "gate_step_(Tensor(a!) gates, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor(d!) step, "
+      "Tensor(e!) died_at, float lr, float beta1, float beta2, float eps, float gamma, float "
+      "target, int num_gates) -> ()");
 }

@@ -239,7 +239,7 @@ def test_missing_library_is_told_at_the_first_call(monkeypatch):
     monkeypatch.setattr(_library, "_C", None)
     monkeypatch.setattr(_library, "_load_error", cause)
     monkeypatch.setattr(_library, "_build_report", lambda: {"cpp_reason": "no compiler, say"})
-    with pytest.raises(BackendError, match="no compiler, say. Install a C.. compiler") as caught:
+    with pytest.raises(BackendError, match="no compiler, say") as caught:
         ops.bn_gate_act(image("cpu"))
     assert caught.value.__cause__ is cause
     assert str(_library.backends()).count("no: no compiler, say") == 2

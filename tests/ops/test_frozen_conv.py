@@ -83,7 +83,7 @@ def test_weight_and_bias_get_no_gradient(device):
     assert not ops.frozen_conv(x.detach(), weight, bias, **options).requires_grad
 
 
-def test_gradcheck(device):
-    for name in ("strided", "depthwise", "1d"):
-        x, weight, bias, options = make(name, torch.float64, device)
-        assert torch.autograd.gradcheck(lambda x: ops.frozen_conv(x, weight, bias, **options), x)
+@pytest.mark.parametrize("name", ["strided", "depthwise", "1d"])
+def test_gradcheck(name, device):
+    x, weight, bias, options = make(name, torch.float64, device)
+    assert torch.autograd.gradcheck(lambda x: ops.frozen_conv(x, weight, bias, **options), x)
