@@ -1,0 +1,188 @@
+"""Search the channels of a slim network in a random one.
+
+Writes into --out: search.safetensors (gates, from which any other budget can be cut), structure.json (kept
+channels) and run.json (the arguments, from which `pfs-fast train` rebuilds network and data).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+import pfs_fast
+
+from ..budget import Budget
+from ..config import PRECISIONS, SearchConfig
+from ..files import write_text_atomic
+from ..scope import SCOPES
+from . import run_folder
+from .inputs import DataSpec, ModelSpec
+from .options import (
+    UsageError,
+    add_data_arguments,
+    add_model_arguments,
+    add_run_arguments,
+    chosen_device,
+    data_spec,
+    model_spec,
+    parse_budget,
+    parse_reference,
+)
+
+DIGITS_EPOCHS = 4  # few images, and a first look: enough steps for the gates to part
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``pfs-fast search``."""
+    defaults = SearchConfig()
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--budget",
+        type=parse_budget(),
+        default=Budget(macs=0.5),
+        metavar="B",
+        help="0.5 (share of MACs), macs=150M, params=1M, multiple_of=8, min_channels=4; several with commas "
+        "(default: 0.5)",
+    )
+    parser.add_argument(
+        "--reference",
+        type=parse_reference(),
+        default="model",
+        metavar="R",
+        help="what a share refers to: model, base (the network without --expansion), or a number of MACs "
+        "(default: model)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help=f"passes over the images (default: {defaults.epochs}; digits: {DIGITS_EPOCHS})",
+    )
+    parser.add_argument("--max-steps", type=int, metavar="N", help="stop after so many steps")
+    parser.add_argument(
+        "--gamma",
+        type=float,
+        default=defaults.gamma,
+        help=f"weight of the pull of the mean gate (default: {defaults.gamma}; ImageNet in the paper: 0.05)",
+    )
+    parser.add_argument(
+        "--target", type=float, metavar="R", help="mean gate aimed at (default: the budget's share)"
+    )
+    parser.add_argument(
+        "--scope",
+        choices=SCOPES,
+        default=defaults.scope,
+        help="gates where the paper has them, or on all prunable groups (default: paper)",
+    )
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default=defaults.precision)
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "fused", "reference"),
+        default=defaults.backend,
+        help="compiled operators, or plain PyTorch (default: auto = fused)",
+    )
+    parser.add_argument(
+        "--validate", action="store_true", help="evaluate on the held-out images after each epoch"
+    )
+    parser.add_argument(
+        "--select",
+        choices=("last", "best"),
+        default=defaults.select,
+        help="gates after the last step, or of the best validated epoch (default: last)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write the state after each epoch, and go on from it (default FILE: in --out)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results (default: runs/<model>-<data>)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a search in --out")
+    add_run_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """``pfs-fast search``."""
+    device = chosen_device(arguments)
+    source = data_spec(arguments)
+    config = _config(arguments, source)
+    out = run_folder.new_folder(
+        arguments.out or _default_out(arguments, source), arguments.overwrite
+    )
+    splits = source.splits()
+    options = {"device": device, "seed": arguments.seed}
+    loaders = splits.loaders(arguments.batch_size or 128, eval_batch_size=512, **options)
+    validates = arguments.validate or arguments.select == "best"
+    if validates and loaders.val is None:
+        raise UsageError(
+            f"--validate needs held-out images, and {splits.name} has none; add --val N"
+        )
+    spec = model_spec(arguments, splits.num_classes)
+    model = spec.build(arguments.seed)
+    if not arguments.quiet:
+        print(f"{spec.name} on {splits}; budget {arguments.budget}")
+    result = pfs_fast.search(
+        model,
+        loaders.train,
+        arguments.budget,
+        config=config,
+        reference=_reference(arguments.reference, spec),
+        device=device,
+        checkpoint=_checkpoint(arguments.checkpoint, out),
+        progress=not arguments.quiet,
+        val_loader=loaders.val if validates else None,
+    )
+    structure = result.structure
+    result.save(out / run_folder.SEARCH)
+    write_text_atomic(
+        out / run_folder.STRUCTURE, structure.to_json(indent=1) + "\n", caller="search"
+    )
+    shown = {k: v for k, v in vars(arguments).items() if k not in ("run", "debug", "command")}
+    versions = {"pfs_fast": pfs_fast.__version__, "torch": str(torch.__version__)}
+    run_folder.Record(spec, source, result.reference, shown, versions).write(out)
+    print(structure)
+    if result.reference[0] != structure.base_macs:
+        share = structure.macs / result.reference[0]
+        print(f"{share:.1%} of the reference's {result.reference[0]:,} MACs")
+    last = result.history[-1]
+    print(
+        f"searched {last['step']:,} steps in {last['seconds']:.1f} s ({result.config.precision}, "
+        f"{result.config.backend}): mean gate {last['mean_gate']:.3f}, {last['alive']:.1%} above 0"
+    )
+    print(f"written to {out}; next: pfs-fast train {out}")
+
+
+def _config(arguments: argparse.Namespace, source: DataSpec) -> SearchConfig:
+    epochs = arguments.epochs
+    if epochs is None and source.source == "digits":
+        epochs = DIGITS_EPOCHS
+    names = ("max_steps", "gamma", "target", "scope", "precision", "backend", "select", "seed")
+    changes = {name: getattr(arguments, name) for name in names}
+    return SearchConfig(**changes) if epochs is None else SearchConfig(epochs=epochs, **changes)
+
+
+def _default_out(arguments: argparse.Namespace, source: DataSpec) -> Path:
+    name = f"{arguments.model or 'resnet20'}-{Path(source.source).stem or source.source}"
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", name)
+
+
+def _reference(wish: str | int, spec: ModelSpec) -> torch.nn.Module | int | None:
+    if wish == "model":
+        return None
+    return spec.base().build() if wish == "base" else wish
+
+
+def _checkpoint(wish: str | None, out: Path) -> Path | None:
+    if wish is None:
+        return None
+    return Path(wish) if wish else out / run_folder.CHECKPOINT
