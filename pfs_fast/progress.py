@@ -14,7 +14,10 @@ BAR_INTERVAL = 0.2
 """Seconds between two refreshes on a terminal. A refresh may read a tensor of the device, so it is kept rare."""
 
 LINE_INTERVAL = 5.0
-"""Seconds between two plain lines where the output is a file or a pipe."""
+"""Seconds between two plain lines where the output is a file or a pipe; more in long runs."""
+
+LINES_SHARE = 50
+"""The interval grows to this fraction of the time passed, so that a run of hours does not fill its log."""
 
 RATE_SMOOTHING = 0.5
 """Weight of the newest interval in the step time: the step gets faster during a search, so the mean would lag."""
@@ -67,6 +70,7 @@ class Progress:
         self._seconds_per_step: float | None = None
         self._start = self._shown_at = time.monotonic()
         self._closed = False
+        self._unshown = True
         self._bar = self._make_bar() if self._enabled and _is_terminal(self._file) else None
         self._interval = LINE_INTERVAL if self._bar is None else BAR_INTERVAL
 
@@ -76,6 +80,7 @@ class Progress:
         if not self._enabled or self._closed:
             return
         self._metrics.update(metrics)
+        self._unshown = True
         if time.monotonic() - self._shown_at >= self._interval:
             self._show()
 
@@ -113,7 +118,8 @@ class Progress:
             return
         if not read_metrics:
             self._metrics.clear()
-        self._show(last=True)
+        if self._unshown:
+            self._show(last=True)
         if self._bar is not None:
             self._guard(self._bar.close)
         self._metrics.clear()
@@ -126,9 +132,10 @@ class Progress:
             newest = (now - self._shown_at) / steps
             before = newest if self._seconds_per_step is None else self._seconds_per_step
             self._seconds_per_step = RATE_SMOOTHING * newest + (1 - RATE_SMOOTHING) * before
-        self._shown_step, self._shown_at = self.step, now
+        self._shown_step, self._shown_at, self._unshown = self.step, now, False
         text = self._text(values)
         if self._bar is None:
+            self._interval = max(LINE_INTERVAL, (now - self._start) / LINES_SHARE)
             self._write(self._line(text, now - self._start, last))
             return
         self._bar.set_postfix_str(text, refresh=False)
@@ -138,7 +145,7 @@ class Progress:
     def _text(self, values: Mapping[str, Any]) -> str:
         parts = [f"{name} {format_metric(name, value)}" for name, value in values.items()]
         if self._seconds_per_step is not None:
-            parts.append(f"{1e3 * self._seconds_per_step:.3g} ms/step")
+            parts.append(f"{format_step(self._seconds_per_step)}/step")
         return ", ".join(parts)
 
     def _line(self, text: str, elapsed: float, last: bool) -> str:
@@ -193,6 +200,11 @@ def format_metric(name: str, value: Any) -> str:
     if name in PERCENT_METRICS:
         return f"{100 * float(value):.2f}%"
     return f"{float(value):.4g}"
+
+
+def format_step(seconds: float) -> str:
+    """The duration of a step in ms, or in s from one second on."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def format_seconds(seconds: float) -> str:

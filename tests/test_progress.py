@@ -9,7 +9,7 @@ import torch
 
 from pfs_fast import progress
 from pfs_fast.errors import ConfigError
-from pfs_fast.progress import Progress, format_metric, format_seconds
+from pfs_fast.progress import Progress, format_metric, format_seconds, format_step
 
 
 class Clock:
@@ -110,6 +110,23 @@ def test_close_shows_the_last_state_once(clock: Clock):
     assert "eval: 3 steps" in file.getvalue() and "acc 87.50%" in file.getvalue()
 
 
+def test_close_does_not_repeat_a_shown_line(clock: Clock):
+    file = io.StringIO()
+    with Progress(2, "train", file=file) as bar:
+        clock.now += 60.0
+        bar.update(2)
+    assert file.getvalue().count("\n") == 1
+
+
+def test_long_runs_write_fewer_lines(clock: Clock):
+    file = io.StringIO()
+    bar = Progress(None, "train", file=file)
+    for _ in range(36_000):  # ten hours
+        clock.now += 1.0
+        bar.update()
+    assert 100 < file.getvalue().count("\n") < 500
+
+
 def test_error_inside_is_not_hidden_by_unreadable_metrics():
     def broken() -> float:
         raise RuntimeError("device lost")
@@ -170,6 +187,11 @@ def test_negative_total_is_refused():
 )
 def test_metric_text(name: str, value: object, text: str):
     assert format_metric(name, value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.0123, "12.3 ms"), (2.77, "2.77 s")])
+def test_step_time_text(seconds: float, text: str):
+    assert format_step(seconds) == text
 
 
 @pytest.mark.parametrize(
