@@ -51,6 +51,9 @@ def channel_graph(model: nn.Module, example_input: torch.Tensor | tuple[torch.Te
     constraints = propagation.constraints
     root = _components(constraints.num_labels, constraints.pairs + constraints.ties)
     unit_of_label, groups, fixed = _groups(constraints, root)
+    for index, graph_module in enumerate(traced.graphs):
+        for node in graph_module.graph.nodes:  # stays with the node when the graph is rewritten
+            node.meta["labelled"] = propagation.outputs.get((index, node.name))
     modules = dict(traced.train.named_modules())
     layers = tuple(
         _layer(name, modules[name], use, unit_of_label) for name, use in constraints.layers.items()

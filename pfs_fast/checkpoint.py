@@ -35,6 +35,8 @@ class Checkpoint:
         state = self._loop.state
         tensors = {f"gates.{name}": t for name, t in state.gates.tensors().items()}
         tensors |= {f"network.{name}": t for name, t in self._loop.network.named_buffers()}
+        present, left_died_at = self._loop.compaction.state()
+        tensors |= {"compaction.present": present, "compaction.left_died_at": left_died_at}
         tensors["random"] = torch.random.get_rng_state()
         if self._loop.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self._loop.device)
@@ -67,6 +69,7 @@ class Checkpoint:
                 f"'{self._path}'; give another path, or delete the file to start anew"
             )
         state = self._loop.state
+        self._loop.compaction.restore(tensors["compaction.present"], tensors["compaction.left_died_at"])
         with torch.no_grad():
             for name, tensor in state.gates.tensors().items():
                 tensor.copy_(tensors[f"gates.{name}"])

@@ -34,6 +34,11 @@ class GatedNetwork(nn.Module):
         dtype: Of convolutions and activations.
         channels_last: Lay out 4-d weights channels_last.
         track_stats: Update the running statistics of batch norms in train mode; only needed to evaluate.
+
+    Attributes:
+        root: The model's modules under their own names, shared by both nets.
+        train_net: Graph of train mode.
+        eval_net: Graph of eval mode.
     """
 
     def __init__(
@@ -47,13 +52,13 @@ class GatedNetwork(nn.Module):
         track_stats: bool = False,
     ) -> None:
         super().__init__()
-        root = graph.traced.train.requires_grad_(False)
+        root = self.root = graph.traced.train.requires_grad_(False)
         device = bank.state.values.device
         _cast(root, dtype, bank.state.values.dtype, device, channels_last)
-        self._builder = _Builder(root, bank, ops, track_stats)
-        self.train_net = self._builder.rewrite(graph.traced.train)
+        builder = _Builder(root, bank, ops, track_stats)
+        self.train_net = builder.rewrite(graph.traced.train)
         shared = graph.traced.train is graph.traced.eval
-        self.eval_net = self.train_net if shared else self._builder.rewrite(graph.traced.eval)
+        self.eval_net = self.train_net if shared else builder.rewrite(graph.traced.eval)
         self.train()
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -67,6 +72,10 @@ class FusedNorm(nn.Module):
         super().__init__()
         self.bn, self.act, self.track = bn, act, track
         self._name, self._bank, self._ops = name, bank if name in bank.layers else None, ops
+
+    @property
+    def gated(self) -> bool:
+        return self._bank is not None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         bn = self.bn

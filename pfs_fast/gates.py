@@ -53,8 +53,13 @@ class GateBank:
 
     def __init__(self, groups: ChannelGroups, sites: tuple[Site, ...], state: GateState) -> None:
         self.state = state
-        self.grad = torch.zeros_like(state.values)
         self._one = torch.ones(1, dtype=state.values.dtype, device=state.values.device)
+        self.rebuild(groups, sites)
+
+    def rebuild(self, groups: ChannelGroups, sites: tuple[Site, ...]) -> None:
+        """New leaves over ``state`` for these groups; the sites are the same layers, perhaps narrower."""
+        state = self.state
+        self.grad = torch.zeros_like(state.values)
         self._leaves = []
         for group in groups.groups:
             span = slice(group.start, group.start + group.size)

@@ -90,6 +90,30 @@ class ChannelGroups:
     def num_units(self) -> int:
         return sum(group.size for group in self.groups)
 
+    def shrink(self, keep: np.ndarray) -> ChannelGroups:
+        """The groups and layers of the network that keeps only these units. ``keep``: [num_units], bool."""
+        new_unit = np.full(self.num_units + 1, FIXED, dtype=np.int64)
+        new_unit[:-1][keep] = np.arange(np.count_nonzero(keep))
+
+        def narrow(units: np.ndarray) -> np.ndarray:
+            stays = units == FIXED
+            stays[~stays] = keep[units[~stays]]
+            return new_unit[units[stays]]
+
+        groups, start = [], 0
+        for group in self.groups:
+            size = int(np.count_nonzero(keep[group.start : group.start + group.size]))
+            groups.append(replace(group, start=start, size=size))
+            start += size
+        layers = []
+        for layer in self.layers:
+            in_units = narrow(layer.in_units)
+            conv_groups = len(in_units) if layer.depthwise else layer.conv_groups
+            layers.append(
+                replace(layer, out_units=narrow(layer.out_units), in_units=in_units, conv_groups=conv_groups)
+            )
+        return replace(self, groups=tuple(groups), layers=tuple(layers))
+
     def restrict(self, names: Iterable[str], reason: str) -> ChannelGroups:
         """Keep only the named groups prunable; the others are held whole for ``reason``."""
         names = set(names)

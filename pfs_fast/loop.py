@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .batches import Loader, check_labels, checked_batches, label_message, split_outputs
+from .compaction import Compaction
 from .config import SearchConfig
 from .errors import LoaderError, NonFiniteLossError
 from .gated import GatedNetwork
@@ -30,7 +33,7 @@ class LoopState:
         steps: Steps taken (the host's copy of ``gates.step``).
         history: Entries so far.
         best_accuracy: Validation accuracy of ``best``; -1 before there is one.
-        best: ``(values, died_at)`` of the best admissible epoch.
+        best: ``(values, died_at)`` of all gates in the best admissible epoch.
         seconds: Time spent in earlier runs of a resumed search.
     """
 
@@ -52,16 +55,26 @@ class SearchLoop:
         config: With ``target`` resolved.
         ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
         dtype: Of images.
+        compaction: Of this network; used where ``config.compact``.
     """
 
     def __init__(
-        self, network: GatedNetwork, bank: GateBank, config: SearchConfig, ops: ModuleType, dtype: torch.dtype
+        self,
+        network: GatedNetwork,
+        bank: GateBank,
+        config: SearchConfig,
+        ops: ModuleType,
+        dtype: torch.dtype,
+        compaction: Compaction,
     ) -> None:
         self.network, self.bank, self.config, self._ops, self._dtype = network, bank, config, ops, dtype
+        self.compaction = compaction
+        self.num_gates = compaction.num_gates
         self.state = LoopState(bank.state)
         self.device = bank.state.values.device
         self._scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
-        self._good = (bank.state.values.clone(), bank.state.died_at.clone())
+        self._clock = _Clock(compaction)
+        self._good = self.gates()
         self._window = _Window(self.device)
         self._started = time.perf_counter()
 
@@ -97,8 +110,24 @@ class SearchLoop:
             eps=config.eps,
             gamma=config.gamma,
             target=config.target,
+            num_gates=self.num_gates,
         )
         self.state.steps += 1
+
+    def compact(self, steps_left: int | None) -> bool:
+        """Leave dead channels out, if that shortens the rest of the search. Reads the gates, so not for every step.
+
+        Args:
+            steps_left: Steps still to come; None where nobody knows.
+        """
+        if not self.config.compact:
+            return False
+        keep, saving = self.compaction.candidates()
+        if not self._clock.worthwhile(saving, self.state.steps, steps_left):
+            return False
+        with self._clock.narrowing():
+            self.compaction.leave_out(keep)
+        return True
 
     def _place(self, images: Tensor) -> Tensor:
         layout = torch.preserve_format
@@ -131,31 +160,41 @@ class SearchLoop:
             NonFiniteLossError, LoaderError: Noted since the last entry.
         """
         self._window.check(self)
-        gates, history = self.state.gates.values, self.state.history
+        history = self.state.history
         if history and history[-1]["step"] == self.state.steps:
             return history[-1]
         entry = {
             "step": self.state.steps,
             "epoch": self.state.epoch,
             **self._window.read(),
-            "mean_gate": float(gates.mean()),
-            "alive": float((gates > 0).double().mean()),
+            "mean_gate": self._mean_gate(),
+            "alive": self._alive(),
+            "channels": len(self.compaction.present),
             "seconds": round(self.seconds, 3),
         }
-        if bool(torch.isfinite(gates).all()):
-            self._good = (gates.clone(), self.state.gates.died_at.clone())
+        if bool(torch.isfinite(self.state.gates.values).all()):
+            self._good = self.gates()
         history.append(entry)
         return entry
 
     def metrics(self) -> dict[str, Any]:
         """For a progress line: read only when it is drawn."""
-        gates = self.state.gates.values
         return {
             "loss": self._window.last_loss,
             "acc": self._window.last_accuracy,
-            "gate": lambda: float(gates.mean()),
-            "alive": lambda: float((gates > 0).double().mean()),
+            "gate": self._mean_gate,
+            "alive": self._alive,
         }
+
+    def _mean_gate(self) -> float:
+        return float(self.state.gates.values.sum()) / self.num_gates
+
+    def _alive(self) -> float:
+        return int(torch.count_nonzero(self.state.gates.values)) / self.num_gates
+
+    def gates(self) -> tuple[Tensor, Tensor]:
+        """``(values, died_at)`` of all gates, those left out included. Copies. [num_gates]."""
+        return self.compaction.whole(self.state.gates.values, self.state.gates.died_at)
 
     @property
     def seconds(self) -> float:
@@ -184,11 +223,32 @@ class SearchLoop:
 
     def keep_if_best(self, accuracy: float) -> None:
         """The official code's rule: the best accuracy among states whose share of non-zero gates is at most r."""
-        gates = self.state.gates
-        alive = float((gates.values > 0).double().mean())
-        if alive <= self.config.target and accuracy > self.state.best_accuracy:
+        if self._alive() <= self.config.target and accuracy > self.state.best_accuracy:
             self.state.best_accuracy = accuracy
-            self.state.best = (gates.values.clone(), gates.died_at.clone())
+            self.state.best = self.gates()
+
+
+class _Clock:
+    """Decides whether narrowing pays, from the time that steps and earlier narrowings took."""
+
+    def __init__(self, compaction: Compaction) -> None:
+        self._compaction = compaction
+        self._narrowing_seconds = 0.1  # a guess, until one was timed
+        self._since, self._steps = time.perf_counter(), 0
+
+    def worthwhile(self, saving: float, steps: int, steps_left: int | None) -> bool:
+        now = time.perf_counter()
+        per_step = (now - self._since) / max(steps - self._steps, 1)
+        self._since, self._steps = now, steps
+        seconds_left = per_step * (steps if steps_left is None else steps_left)
+        return self._compaction.worthwhile(saving, seconds_left, self._narrowing_seconds)
+
+    @contextmanager
+    def narrowing(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._since = time.perf_counter()
+        self._narrowing_seconds = self._since - start
 
 
 class _Window:

@@ -95,6 +95,16 @@ def _paper_convolutions(model: nn.Module) -> Callable[[ChannelGroups], list[str]
     return None
 
 
+def chosen_units(graph: ChannelGraph, chosen: ChannelGroups) -> np.ndarray:
+    """Unit of each label in the numbering of ``chosen``, ``FIXED`` outside its groups. [num_labels], int64."""
+    renumber = np.full(graph.groups.num_units + 1, FIXED, dtype=np.int64)  # the last entry maps FIXED to itself
+    by_name = {g.name: g for g in graph.groups.groups}
+    for new in chosen.groups:
+        old = by_name[new.name]
+        renumber[old.start : old.start + old.size] = np.arange(new.start, new.start + new.size)
+    return renumber[graph.unit_of_label]
+
+
 def gate_sites(graph: ChannelGraph, chosen: ChannelGroups, scope: str) -> tuple[Site, ...]:
     """Layers after which the gates of ``chosen`` sit.
 
@@ -123,12 +133,7 @@ class _UnitsAtNodes:
         self.graph = graph.traced.train.graph
         self.modules = dict(graph.traced.train.named_modules())
         self.layers = {layer.name: layer for layer in chosen.layers}
-        renumber = np.full(graph.groups.num_units + 1, FIXED, dtype=np.int64)
-        by_name = {g.name: g for g in graph.groups.groups}
-        for new in chosen.groups:
-            old = by_name[new.name]
-            renumber[old.start : old.start + old.size] = np.arange(new.start, new.start + new.size)
-        self._unit_of_label = renumber[graph.unit_of_label]
+        self._unit_of_label = chosen_units(graph, chosen)
         self._values = graph.propagation.outputs
 
     def at_layer(self, name: str) -> np.ndarray:

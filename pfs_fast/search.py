@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _library, ops
+from .absorbing import absorbing_groups
 from .analysis import channel_graph
 from .batches import Loader, check_reiterable, checked_batches
 from .budget import Budget
 from .checkpoint import Checkpoint, fingerprint
+from .compaction import Compaction, preferred_multiple
 from .config import PRECISIONS, SearchConfig, compute_dtype
 from .cost import CostModel, count
 from .errors import BackendError, BudgetError, ConfigError, NonFiniteLossError
@@ -29,8 +31,11 @@ from .loop import SearchLoop
 from .ops import reference as reference_ops
 from .progress import Progress
 from .result import SearchResult
-from .scope import gate_sites, gated_groups
+from .scope import chosen_units, gate_sites, gated_groups
 from .solver import Sweep
+
+# Steps between two looks at which gates have died; on CUDA a look waits for the device.
+COMPACT_EVERY = {"cpu": 10, "cuda": 50}
 
 
 def search(
@@ -106,8 +111,7 @@ def search(
             error.result = plan.result(plan.loop.good_gates)
             raise
     best = plan.loop.state.best if config.select == "best" else None
-    gates = plan.loop.state.gates
-    return plan.result(best or (gates.values, gates.died_at))
+    return plan.result(best or plan.loop.gates())
 
 
 @dataclass(frozen=True)
@@ -165,11 +169,14 @@ def _plan(
     )
     gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     state = GateState.create(groups.num_units, config.gate_init, gate_dtype, device)
-    bank = GateBank(groups, gate_sites(graph, groups, config.scope), state)
+    sites = gate_sites(graph, groups, config.scope)
+    bank = GateBank(groups, sites, state)
     network = GatedNetwork(
         graph, bank, kernels, dtype=dtype, channels_last=config.channels_last, track_stats=track_stats
     )
-    loop = SearchLoop(network, bank, config, kernels, dtype)
+    absorbing = absorbing_groups(network, groups, chosen_units(graph, groups))
+    compaction = Compaction(network, bank, groups, sites, absorbing, preferred_multiple(device))
+    loop = SearchLoop(network, bank, config, kernels, dtype, compaction)
     return _Plan(model, groups, budget, share_base, config, loop)
 
 
@@ -183,13 +190,17 @@ def _run(
 ) -> None:
     loop, config, state = plan.loop, plan.config, plan.loop.state
     limit = config.max_steps or float("inf")
-    with Progress(_total_steps(loader, config), "search", progress, initial=state.steps) as bar:
+    total = _total_steps(loader, config)
+    look_every = COMPACT_EVERY[loop.device.type]
+    with Progress(total, "search", progress, initial=state.steps) as bar:
         while state.epoch < config.epochs and state.steps < limit:
             for images, labels in itertools.islice(batches, None if limit == float("inf") else limit - state.steps):
                 loop.step(images, labels)
                 bar.update(**loop.metrics())
                 if state.steps % config.log_every == 0:
                     loop.entry()
+                if state.steps % look_every == 0:
+                    loop.compact(None if total is None else total - state.steps)
             entry = loop.entry()
             if val_loader is not None:
                 entry["val_accuracy"] = loop.evaluate(val_loader)

@@ -1,0 +1,131 @@
+"""Live compaction: leave channels whose gate has been absorbed at 0 out of the running search.
+
+Narrowing is that of ``slim(..., weights="inherit")``, applied to the frozen layers of the search network; gates and optimiser
+state are sliced alongside. The gates that remain take exactly the steps that they would have taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cost import CostModel
+from .gated import GatedNetwork
+from .gates import GateBank
+from .groups import FIXED, ChannelGroups
+from .scope import Site
+from .slim import narrow_layers
+
+MIN_SAVING = 0.02  # share of the MACs below which narrowing is not worth a look at the clock
+COST_FACTOR = 2.0  # the time saved must be this many times the time that narrowing takes
+
+
+class Compaction:
+    """Keeps track of which gates are still in the network, and takes out the dead ones.
+
+    Args:
+        network: The gated network.
+        bank: Its gates.
+        groups: Its gated groups.
+        sites: Where the gates sit.
+        absorbing: Names of the groups whose dead channels may go.
+        multiple_of: Widths that the device likes; a few dead channels stay to meet them.
+    """
+
+    def __init__(
+        self,
+        network: GatedNetwork,
+        bank: GateBank,
+        groups: ChannelGroups,
+        sites: tuple[Site, ...],
+        absorbing: frozenset[str],
+        multiple_of: int,
+    ) -> None:
+        self._network, self._bank, self._groups, self._sites = network, bank, groups, sites
+        self._absorbing, self._multiple_of = absorbing, multiple_of
+        self._cost = CostModel(groups).base[0]
+        self.num_gates = groups.num_units
+        self.present = np.arange(groups.num_units)  # positions of the remaining gates in the full vector
+        self._left_died_at = torch.full((groups.num_units,), -1, dtype=torch.int32)
+
+    def candidates(self) -> tuple[np.ndarray, float]:
+        """Units to keep now, and the share of the present MACs that leaving out the others saves. Reads the gates."""
+        alive = (self._bank.state.values != 0).cpu().numpy()  # NaN counts as alive: the loop reports it
+        keep = np.ones(self._groups.num_units, dtype=bool)
+        for group in self._groups.groups:
+            if group.name not in self._absorbing:
+                continue
+            span = slice(group.start, group.start + group.size)
+            dead = np.flatnonzero(~alive[span])
+            width = group.size - len(dead)
+            step = self._multiple_of // np.gcd(self._multiple_of, group.channels_per_unit)
+            width = min(max(-(-width // step), 1) * step, group.size)
+            keep[group.start + dead[: group.size - width]] = False
+        if keep.all():
+            return keep, 0.0
+        return keep, 1.0 - CostModel(self._groups.shrink(keep)).base[0] / self._cost
+
+    def worthwhile(self, saving: float, seconds_left: float, seconds_to_narrow: float) -> bool:
+        """Whether the rest of the search gets shorter by more than narrowing takes."""
+        return saving >= MIN_SAVING and saving * seconds_left > COST_FACTOR * seconds_to_narrow
+
+    @torch.no_grad()
+    def leave_out(self, keep: np.ndarray) -> None:
+        """Narrow network, gates and optimiser state to these units. ``keep``: [gates present], bool."""
+        plan = {}
+        for layer in self._groups.layers:
+            kept_out, kept_in = _kept(layer.out_units, keep), _kept(layer.in_units, keep)
+            if kept_out is not None or kept_in is not None:
+                plan[layer.name] = (kept_in, kept_out)
+        narrow_layers("search", self._network.root, plan)
+        state = self._bank.state
+        index = torch.from_numpy(np.flatnonzero(keep)).to(state.values.device)
+        dropped = torch.from_numpy(self.present[~keep])
+        self._left_died_at[dropped] = state.died_at.cpu()[torch.from_numpy(~keep)]
+        for name in ("values", "exp_avg", "exp_avg_sq", "died_at"):
+            setattr(state, name, getattr(state, name).index_select(0, index))
+        sites = tuple(replace(site, units=_renumbered(site.units, keep)) for site in self._sites)
+        self._groups, self._sites = self._groups.shrink(keep), sites
+        self._cost = CostModel(self._groups).base[0]
+        self.present = self.present[keep]
+        self._bank.rebuild(self._groups, sites)
+
+    def whole(self, values: Tensor, died_at: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates and times of death of the whole network: those that were left out come back as zeros. Copies."""
+        index = torch.from_numpy(self.present).to(values.device)
+        all_values = values.new_zeros(self.num_gates).index_copy_(0, index, values)
+        all_died = self._left_died_at.to(died_at.device).index_copy(0, index, died_at)
+        return all_values, all_died
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """For a checkpoint: positions of the present gates, and times of death of those left out."""
+        return torch.from_numpy(self.present), self._left_died_at.clone()
+
+    def restore(self, present: Tensor, left_died_at: Tensor) -> None:
+        """Narrow a network that is still whole to a saved state."""
+        if len(present) < len(self.present):
+            self.leave_out(np.isin(self.present, present.numpy()))
+        self._left_died_at.copy_(left_died_at)
+
+
+def _kept(units: np.ndarray, keep: np.ndarray) -> tuple[int, ...] | None:
+    """Positions of a layer's channels that stay; None where all do."""
+    stays = units == FIXED
+    stays[~stays] = keep[units[~stays]]
+    return None if stays.all() else tuple(np.flatnonzero(stays).tolist())
+
+
+def _renumbered(units: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    new_unit = np.full(len(keep) + 1, FIXED, dtype=np.int64)
+    new_unit[:-1][keep] = np.arange(np.count_nonzero(keep))
+    stays = units == FIXED
+    stays[~stays] = keep[units[~stays]]
+    return new_unit[units[stays]]
+
+
+def preferred_multiple(device: torch.device) -> int:
+    """Channels that a vector register or a tensor core takes at once."""
+    return 16 if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
