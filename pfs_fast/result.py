@@ -39,6 +39,7 @@ class SearchResult:
         history: One entry every ``config.log_every`` steps and at the end of each epoch: step, epoch, loss, accuracy,
             mean_gate, alive (share of non-zero gates), seconds; validation accuracy where a loader was given.
         model: The model that was searched, not a copy; None after ``load`` without one.
+        input_shape: Of one image, (C, H, W); slim networks carry it, so that ``export`` knows their input.
     """
 
     groups: ChannelGroups
@@ -49,6 +50,7 @@ class SearchResult:
     config: SearchConfig
     history: list[dict[str, Any]] = field(default_factory=list, repr=False)
     model: nn.Module | None = field(default=None, repr=False)
+    input_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self._cost_model = CostModel(self.groups)
@@ -114,7 +116,10 @@ class SearchResult:
         if self.model is None:
             raise ModelError("SearchResult.slim: the result must know its model, got a loaded one; use load(path, model)")
         structure = self.structure if budget is None else self.structure_for(budget)
-        return make_slim(self.model, structure, weights, seed=seed)
+        network = make_slim(self.model, structure, weights, seed=seed)
+        if self.input_shape is not None:
+            network.pfs_input_shape = self.input_shape
+        return network
 
     def report(self) -> str:
         """The structure as a table, and every layer that was held whole with the reason."""
@@ -151,6 +156,7 @@ class SearchResult:
             "layers": [{name: getattr(layer, name) for name in plain} for layer in self.groups.layers],
             "fixed": [list(pair) for pair in self.groups.fixed],
             "other": [self.groups.other_macs, self.groups.other_params],
+            "input_shape": self.input_shape,
         }
         write_safetensors(path, tensors, metadata, caller="SearchResult.save")
 
@@ -190,6 +196,7 @@ class SearchResult:
                 SearchConfig(**meta["config"]),
                 meta["history"],
                 model,
+                None if meta["input_shape"] is None else tuple(meta["input_shape"]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise FileFormatError(

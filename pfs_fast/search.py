@@ -124,12 +124,20 @@ class _Plan:
     reference: tuple[int, int]
     config: SearchConfig
     loop: SearchLoop
+    input_shape: tuple[int, ...]
 
     def result(self, gates: tuple[Tensor, Tensor]) -> SearchResult:
         values, died_at = (t.detach().cpu().clone() for t in gates)
-        history = list(self.loop.state.history)
         return SearchResult(
-            self.groups, values, died_at, self.budget, self.reference, self.config, history, self.model
+            self.groups,
+            values,
+            died_at,
+            self.budget,
+            self.reference,
+            self.config,
+            list(self.loop.state.history),
+            self.model,
+            self.input_shape,
         )
 
 
@@ -177,7 +185,7 @@ def _plan(
     absorbing = absorbing_groups(network, groups, chosen_units(graph, groups))
     compaction = Compaction(network, bank, groups, sites, absorbing, preferred_multiple(device))
     loop = SearchLoop(network, bank, config, kernels, dtype, compaction)
-    return _Plan(model, groups, budget, share_base, config, loop)
+    return _Plan(model, groups, budget, share_base, config, loop, tuple(images.shape[1:]))
 
 
 def _run(
