@@ -28,7 +28,7 @@ from pfs_fast import _library, ops
 
 assert _library.backends().cpu_isa == sys.argv[2], _library.backends()
 results = []
-for case in CASES:
+for case in CASES[::2]:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for residual in (False, True):
             torch.manual_seed(1)
