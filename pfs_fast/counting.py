@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -102,8 +102,8 @@ def count(model: nn.Module, example_input: torch.Tensor | tuple[Any, ...]) -> Co
             "pass e.g. torch.zeros(1, 3, 224, 224)"
         )
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        with FakeCopyMode(fake):
-            shadow = copy.deepcopy(model)
+        memo = {id(t): fake.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
+        shadow = copy.deepcopy(model, memo)
         inputs = tuple(fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs)
         recorder = _Recorder(shadow.eval())
         try:
