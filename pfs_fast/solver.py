@@ -96,19 +96,28 @@ class Sweep:
         cost_model: CostModel | None = None,
     ) -> None:
         self.cost_model = CostModel(groups) if cost_model is None else cost_model
-        position = np.empty(groups.num_units, dtype=np.int64)
-        position[rank(groups, gates, died_at)] = np.arange(groups.num_units)
+        order = rank(groups, gates, died_at)
+        position = np.empty_like(order)
+        position[order] = np.arange(groups.num_units)
         # worst[unit]: position of the worst member of the block that the unit enters with; blocks are ordered by it.
-        never = groups.num_units
-        worst = np.full(groups.num_units, never, dtype=np.int64)
+        worst = np.full(groups.num_units, groups.num_units, dtype=np.int64)  # never, until found
+        is_step = np.zeros(groups.num_units, dtype=bool)
+        part_of_unit = np.empty_like(order)
+        for index, part in enumerate(self.cost_model.parts):
+            part_of_unit[part.units] = index
+        by_part = order[np.argsort(part_of_unit[order], kind="stable")]  # each part best first
+        start = 0
         for part in self.cost_model.parts:
-            units = part.units[np.argsort(position[part.units])]
+            units = by_part[start : start + len(part.units)]
+            start += len(units)
             always, step = part.floor(min_channels, multiple_of), part.step(multiple_of)
             worst[units[:always]] = _ALWAYS
-            blocks = units[always : always + (len(units) - always) // step * step].reshape(-1, step)
-            worst[blocks] = position[blocks[:, -1:]]
+            blocks = units[always : always + (len(units) - always) // step * step]
+            enters = position[blocks[step - 1 :: step]]
+            worst[blocks] = np.repeat(enters, step)
+            is_step[enters] = True
         self._worst = worst
-        self._steps = np.unique(worst[(worst != _ALWAYS) & (worst != never)])
+        self._steps = np.flatnonzero(is_step)
         self.floor: tuple[int, int] = self.cost_model.evaluate(self.keep(0))
         self.full: tuple[int, int] = self.cost_model.evaluate(self.keep(self.num_steps))
 
