@@ -155,12 +155,23 @@ def test_scratch_b_trains_longer(searched, capsys):
     assert f"trained {epochs} epochs" in capsys.readouterr().out
 
 
-def test_hold_out_evaluates_validation_images(folder):
+@pytest.mark.parametrize(
+    ("options", "sizes"), [([], (48, 15)), (["--hold-out", "--restore", "best"], (36, 12))]
+)
+def test_hold_out_decides_what_is_trained_on_and_watched(options, sizes, folder, monkeypatch):
+    seen = []
+
+    def spy(model, loader, val_loader, config, **more):
+        seen.append(((loader.num_images, val_loader.num_images), config.restore))
+        return learn(model, loader, val_loader, config, **more)
+
+    learn = pfs.train
+    monkeypatch.setattr(pfs, "train", spy)
     assert search("--val", "12", "--validate") == 0
-    assert train("--hold-out", "--restore", "best") == 0
+    assert train(*options) == 0
+    assert seen == [(sizes, "best" if options else "last")]
     history = json.loads((folder / "runs/tiny/history.json").read_text())
-    assert history["config"]["restore"] == "best"
-    assert [round(entry["val_accuracy"] * 12, 6) % 1 for entry in history["history"]] == [0, 0]
+    assert history["accuracy"]["images"] == "test" and history["accuracy"]["n"] == 15
 
 
 def test_data_without_test_images_are_judged_by_training_images(folder, capsys):
