@@ -36,7 +36,7 @@ from .options import (
 )
 from .train_report import check_cost, check_reloaded, comparison, write_history
 
-DIGITS_EPOCHS = 20  # reaches more than 90 % in about a minute of two CPU cores
+DIGITS_EPOCHS = 16  # more than 90 % in about a minute of two CPU cores
 
 _RECIPES = {
     "cifar": lambda batch: TrainConfig.cifar,
