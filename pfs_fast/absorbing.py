@@ -19,7 +19,9 @@ from .groups import ChannelGroup, ChannelGroups
 _ABSORBING_ACTS = frozenset({"relu", "relu6"})
 
 
-def absorbing_groups(network: GatedNetwork, groups: ChannelGroups, unit_of_label: np.ndarray) -> frozenset[str]:
+def absorbing_groups(
+    network: GatedNetwork, groups: ChannelGroups, unit_of_label: np.ndarray
+) -> frozenset[str]:
     """Names of the groups whose dead channels can be left out of the train-mode network without changing any gate.
 
     Args:
@@ -32,7 +34,9 @@ def absorbing_groups(network: GatedNetwork, groups: ChannelGroups, unit_of_label
 
 
 class _Graph:
-    def __init__(self, network: GatedNetwork, groups: ChannelGroups, unit_of_label: np.ndarray) -> None:
+    def __init__(
+        self, network: GatedNetwork, groups: ChannelGroups, unit_of_label: np.ndarray
+    ) -> None:
         self._nodes = list(network.train_net.graph.nodes)
         self._modules = dict(network.train_net.named_modules())
         self._layers = {layer.name: layer for layer in groups.layers}
@@ -63,7 +67,9 @@ class _Graph:
                 residual = [s for s in node.args[1:] if isinstance(s, fx.Node)]
                 rest_zero = all(zero.get(s, False) for s in residual)
                 # Running statistics forget a dead channel only slowly, so in eval mode its zeros would not stay zeros.
-                through = zero.get(node.args[0], False) and _no_shift(module.bn) and not module.track
+                through = (
+                    zero.get(node.args[0], False) and _no_shift(module.bn) and not module.track
+                )
                 inner = self._is_site(node) or through
                 zero[node] = inner and rest_zero
             elif isinstance(module, GatedOutput):
@@ -86,7 +92,9 @@ class _Graph:
                 reached[node] = any(self._passes_back(user, zero, reached) for user in node.users)
         return reached
 
-    def _passes_back(self, user: fx.Node, zero: dict[fx.Node, bool], reached: dict[fx.Node, bool]) -> bool:
+    def _passes_back(
+        self, user: fx.Node, zero: dict[fx.Node, bool], reached: dict[fx.Node, bool]
+    ) -> bool:
         if self._mixes(user) or user not in zero:
             return True
         act = self._act(user) if isinstance(self._module(user), FusedNorm) else self._name(user)

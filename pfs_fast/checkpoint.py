@@ -69,7 +69,9 @@ class Checkpoint:
                 f"'{self._path}'; give another path, or delete the file to start anew"
             )
         state = self._loop.state
-        self._loop.compaction.restore(tensors["compaction.present"], tensors["compaction.left_died_at"])
+        self._loop.compaction.restore(
+            tensors["compaction.present"], tensors["compaction.left_died_at"]
+        )
         with torch.no_grad():
             for name, tensor in state.gates.tensors().items():
                 tensor.copy_(tensors[f"gates.{name}"])
@@ -88,8 +90,12 @@ class Checkpoint:
 
 def fingerprint(model: nn.Module, groups: ChannelGroups, config: SearchConfig) -> str:
     """Hash of the weights, the gated groups and the options."""
-    digest = hashlib.sha256(repr((asdict(config), [(g.name, g.size) for g in groups.groups])).encode())
+    digest = hashlib.sha256(
+        repr((asdict(config), [(g.name, g.size) for g in groups.groups])).encode()
+    )
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()

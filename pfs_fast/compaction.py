@@ -48,12 +48,16 @@ class Compaction:
         self._absorbing, self._multiple_of = absorbing, multiple_of
         self._cost = CostModel(groups).base[0]
         self.num_gates = groups.num_units
-        self.present = np.arange(groups.num_units)  # positions of the remaining gates in the full vector
+        self.present = np.arange(
+            groups.num_units
+        )  # positions of the remaining gates in the full vector
         self._left_died_at = torch.full((groups.num_units,), -1, dtype=torch.int32)
 
     def candidates(self) -> tuple[np.ndarray, float]:
         """Units to keep now, and the share of the present MACs that leaving out the others saves. Reads the gates."""
-        alive = (self._bank.state.values != 0).cpu().numpy()  # NaN counts as alive: the loop reports it
+        alive = (
+            (self._bank.state.values != 0).cpu().numpy()
+        )  # NaN counts as alive: the loop reports it
         keep = np.ones(self._groups.num_units, dtype=bool)
         for group in self._groups.groups:
             if group.name not in self._absorbing:

@@ -11,7 +11,12 @@ import torch
 
 from .errors import ConfigError
 
-PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,9 @@ class SearchConfig:
         if self.target is not None:
             _number("target", self.target, above=0, most=1)
         if len(self.betas) != 2:
-            raise ConfigError(f"SearchConfig: betas must be two numbers, got {self.betas!r}; Adam's default is (0.9, 0.999)")
+            raise ConfigError(
+                f"SearchConfig: betas must be two numbers, got {self.betas!r}; Adam's default is (0.9, 0.999)"
+            )
         for beta in self.betas:
             _number("betas", beta, least=0, below=1)
         _choice("scope", self.scope, ("paper", "all"))
@@ -92,7 +99,9 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """
     if precision != "auto":
         if precision == "fp16" and device.type == "cpu":
-            raise ConfigError("SearchConfig: precision 'fp16' needs a CUDA device, got cpu; use 'bf16' or 'fp32'")
+            raise ConfigError(
+                "SearchConfig: precision 'fp16' needs a CUDA device, got cpu; use 'bf16' or 'fp32'"
+            )
         return PRECISIONS[precision]
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device)[0] >= 8
@@ -105,7 +114,9 @@ def _integer(name: str, value: Any, low: int, optional: bool = False) -> None:
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
-        raise ConfigError(f"SearchConfig: {name} must be a whole number of at least {low}, got {value!r}")
+        raise ConfigError(
+            f"SearchConfig: {name} must be a whole number of at least {low}, got {value!r}"
+        )
 
 
 def _number(
@@ -118,7 +129,12 @@ def _number(
     most: float | None = None,
 ) -> None:
     good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    rules = [(above, "above", ">"), (least, "at least", ">="), (below, "below", "<"), (most, "at most", "<=")]
+    rules = [
+        (above, "above", ">"),
+        (least, "at least", ">="),
+        (below, "below", "<"),
+        (most, "at most", "<="),
+    ]
     compare = {">": float.__gt__, ">=": float.__ge__, "<": float.__lt__, "<=": float.__le__}
     for bound, _, sign in rules:
         good = good and (bound is None or compare[sign](float(value), float(bound)))
@@ -129,4 +145,6 @@ def _number(
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"SearchConfig: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ConfigError(
+            f"SearchConfig: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+        )

@@ -68,7 +68,9 @@ class GatedNetwork(nn.Module):
 class FusedNorm(nn.Module):
     """Batch norm, gate, residual sum and activation: ``act(gate * bn(x) + residual)``."""
 
-    def __init__(self, bn: _BatchNorm, name: str, act: str, bank: GateBank, ops: ModuleType, track: bool) -> None:
+    def __init__(
+        self, bn: _BatchNorm, name: str, act: str, bank: GateBank, ops: ModuleType, track: bool
+    ) -> None:
         super().__init__()
         self.bn, self.act, self.track = bn, act, track
         self._name, self._bank, self._ops = name, bank if name in bank.layers else None, ops
@@ -99,7 +101,11 @@ class FusedNorm(nn.Module):
             return None
         self.bn.num_batches_tracked += 1
         # momentum None is nn.BatchNorm's cumulative average.
-        return self.bn.momentum if self.bn.momentum is not None else 1.0 / float(self.bn.num_batches_tracked)
+        return (
+            self.bn.momentum
+            if self.bn.momentum is not None
+            else 1.0 / float(self.bn.num_batches_tracked)
+        )
 
 
 class FrozenConv(nn.Module):
@@ -143,12 +149,16 @@ class _Builder:
             module = self._modules[node.target]
             if isinstance(module, _BatchNorm):
                 self._fuse_norm(graph, node, module)
-            elif isinstance(module, (_ConvNd, nn.Linear)) and not isinstance(module, _ConvTransposeNd):
+            elif isinstance(module, (_ConvNd, nn.Linear)) and not isinstance(
+                module, _ConvTransposeNd
+            ):
                 self._freeze(node, module)
         constants = {
             n.target: _attribute(graph_module, n.target) for n in graph.nodes if n.op == "get_attr"
         }
-        result = fx.GraphModule(self._modules | constants, graph, class_name=type(graph_module).__name__)
+        result = fx.GraphModule(
+            self._modules | constants, graph, class_name=type(graph_module).__name__
+        )
         result.graph.lint()
         return result
 
@@ -160,7 +170,11 @@ class _Builder:
 
     def _freeze(self, node: fx.Node, module: nn.Module) -> None:
         name = node.target
-        plain = isinstance(module, _ConvNd) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        plain = (
+            isinstance(module, _ConvNd)
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+        )
         layer = FrozenConv(module, self._ops) if plain else module
         if name in self._bank.layers:
             channel_dim = -1 if isinstance(module, nn.Linear) else -len(module.kernel_size) - 1
@@ -198,7 +212,10 @@ class _Builder:
     @staticmethod
     def _is_sum(node: fx.Node) -> bool:
         """``a + b`` of two tensors of one shape and dtype."""
-        if node.op not in ("call_function", "call_method") or rules.plain_name(node, None) not in ("add", "iadd"):
+        if node.op not in ("call_function", "call_method") or rules.plain_name(node, None) not in (
+            "add",
+            "iadd",
+        ):
             return False
         values = [a.meta.get("val") if isinstance(a, fx.Node) else None for a in node.args]
         return (
@@ -223,12 +240,18 @@ def _attribute(module: nn.Module, target: str) -> Any:
 
 
 def _cast(
-    root: nn.Module, dtype: torch.dtype, norm_dtype: torch.dtype, device: torch.device, channels_last: bool
+    root: nn.Module,
+    dtype: torch.dtype,
+    norm_dtype: torch.dtype,
+    device: torch.device,
+    channels_last: bool,
 ) -> None:
     for module in root.modules():
         own = norm_dtype if isinstance(module, _BatchNorm) else dtype
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                tensor.data = tensor.data.to(device, own if tensor.is_floating_point() else tensor.dtype)
+                tensor.data = tensor.data.to(
+                    device, own if tensor.is_floating_point() else tensor.dtype
+                )
                 if channels_last and tensor.dim() == 4:
                     tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)

@@ -31,7 +31,9 @@ class GateState:
     died_at: Tensor
 
     @classmethod
-    def create(cls, num_gates: int, init: float, dtype: torch.dtype, device: torch.device) -> GateState:
+    def create(
+        cls, num_gates: int, init: float, dtype: torch.dtype, device: torch.device
+    ) -> GateState:
         return cls(
             values=torch.full((num_gates,), init, dtype=dtype, device=device),
             exp_avg=torch.zeros(num_gates, dtype=dtype, device=device),
@@ -75,11 +77,16 @@ class GateBank:
             for i, g in enumerate(groups.groups)
             if ((site.units >= g.start) & (site.units < g.start + g.size)).any()
         ]
-        spans = [np.arange(groups.groups[i].start, groups.groups[i].start + groups.groups[i].size) for i in used]
+        spans = [
+            np.arange(groups.groups[i].start, groups.groups[i].start + groups.groups[i].size)
+            for i in used
+        ]
         units = np.concatenate(spans)
         if len(units) == len(site.units) and np.array_equal(units, site.units) and len(used) == 1:
             return used, None
-        position = np.full(groups.num_units + 1, len(units), dtype=np.int64)  # FIXED = -1 reads the final 1
+        position = np.full(
+            groups.num_units + 1, len(units), dtype=np.int64
+        )  # FIXED = -1 reads the final 1
         position[units] = np.arange(len(units))
         return used, torch.from_numpy(position[site.units]).to(self.state.values.device)
 

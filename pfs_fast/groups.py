@@ -110,7 +110,12 @@ class ChannelGroups:
             in_units = narrow(layer.in_units)
             conv_groups = len(in_units) if layer.depthwise else layer.conv_groups
             layers.append(
-                replace(layer, out_units=narrow(layer.out_units), in_units=in_units, conv_groups=conv_groups)
+                replace(
+                    layer,
+                    out_units=narrow(layer.out_units),
+                    in_units=in_units,
+                    conv_groups=conv_groups,
+                )
             )
         return replace(self, groups=tuple(groups), layers=tuple(layers))
 
@@ -120,11 +125,15 @@ class ChannelGroups:
         unknown = names - {group.name for group in self.groups}
         if unknown:
             raise KeyError(f"no such groups: {sorted(unknown)}")
-        new_unit = np.full(self.num_units + 1, FIXED, dtype=np.int64)  # the last entry maps FIXED to itself
+        new_unit = np.full(
+            self.num_units + 1, FIXED, dtype=np.int64
+        )  # the last entry maps FIXED to itself
         kept, fixed, start = [], list(self.fixed), 0
         for group in self.groups:
             if group.name in names:
-                new_unit[group.start : group.start + group.size] = np.arange(start, start + group.size)
+                new_unit[group.start : group.start + group.size] = np.arange(
+                    start, start + group.size
+                )
                 kept.append(replace(group, start=start))
                 start += group.size
             else:

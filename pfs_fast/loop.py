@@ -20,7 +20,9 @@ from .gated import GatedNetwork
 from .gates import GateBank, GateState
 from .objective import cross_entropy
 
-FP16_LOSS_SCALE = 1024.0  # lifts activation gradients of a mean cross-entropy above float16's smallest numbers
+FP16_LOSS_SCALE = (
+    1024.0  # lifts activation gradients of a mean cross-entropy above float16's smallest numbers
+)
 
 
 @dataclass
@@ -67,7 +69,13 @@ class SearchLoop:
         dtype: torch.dtype,
         compaction: Compaction,
     ) -> None:
-        self.network, self.bank, self.config, self._ops, self._dtype = network, bank, config, ops, dtype
+        self.network, self.bank, self.config, self._ops, self._dtype = (
+            network,
+            bank,
+            config,
+            ops,
+            dtype,
+        )
         self.compaction = compaction
         self.num_gates = compaction.num_gates
         self.state = LoopState(bank.state)
@@ -270,7 +278,9 @@ class _Window:
         self._images = self._steps = 0
 
     @torch.no_grad()
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, bad_label: Tensor | None, step: int) -> None:
+    def add(
+        self, loss: Tensor, logits: Tensor, labels: Tensor, bad_label: Tensor | None, step: int
+    ) -> None:
         self.last_loss = loss.detach()
         self._loss += self.last_loss
         self._correct += _num_correct(logits, labels)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 
-def sparsity_penalty(gates: Tensor, gamma: float, target: float, num_gates: int | None = None) -> Tensor:
+def sparsity_penalty(
+    gates: Tensor, gamma: float, target: float, num_gates: int | None = None
+) -> Tensor:
     """``gamma * (mean |gate| - target)^2``.
 
     Args:
@@ -29,4 +31,6 @@ def sparsity_penalty(gates: Tensor, gamma: float, target: float, num_gates: int 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in at least float32. ``logits`` [N, K]; ``labels`` [N] int64 or [N, K] probabilities."""
-    return torch.nn.functional.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+    return torch.nn.functional.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(), labels
+    )

@@ -81,7 +81,9 @@ class SearchResult:
         keep = solver.solve(self.groups, *self._ranking(), limits, self._cost_model)
         return Structure.from_keep(self.groups, keep, self._cost_model)
 
-    def pareto(self, shares: Sequence[float] | None = None, *, multiple_of: int = 1, min_channels: int = 1) -> list[Structure]:
+    def pareto(
+        self, shares: Sequence[float] | None = None, *, multiple_of: int = 1, min_channels: int = 1
+    ) -> list[Structure]:
         """Structures along the whole range of budgets, smallest first.
 
         Args:
@@ -101,7 +103,11 @@ class SearchResult:
         return [Structure.from_keep(self.groups, point.keep, self._cost_model) for point in points]
 
     def slim(
-        self, budget: float | int | Budget | None = None, weights: str = "fresh", *, seed: int | None = None
+        self,
+        budget: float | int | Budget | None = None,
+        weights: str = "fresh",
+        *,
+        seed: int | None = None,
     ) -> nn.Module:
         """A slim network: plain module of the model's class with fewer channels.
 
@@ -114,7 +120,9 @@ class SearchResult:
             ModelError: The result was loaded from a file without a model.
         """
         if self.model is None:
-            raise ModelError("SearchResult.slim: the result must know its model, got a loaded one; use load(path, model)")
+            raise ModelError(
+                "SearchResult.slim: the result must know its model, got a loaded one; use load(path, model)"
+            )
         structure = self.structure if budget is None else self.structure_for(budget)
         network = make_slim(self.model, structure, weights, seed=seed)
         if self.input_shape is not None:
@@ -125,7 +133,11 @@ class SearchResult:
         """The structure as a table, and every layer that was held whole with the reason."""
         lines = [str(self.structure)]
         if self.groups.fixed:
-            lines += ["", "held whole:", *(f"  {name}: {reason}" for name, reason in self.groups.fixed)]
+            lines += [
+                "",
+                "held whole:",
+                *(f"  {name}: {reason}" for name, reason in self.groups.fixed),
+            ]
         return "\n".join(lines)
 
     def _ranking(self) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +165,9 @@ class SearchResult:
             "config": asdict(self.config),
             "history": self.history,
             "groups": [asdict(group) for group in self.groups.groups],
-            "layers": [{name: getattr(layer, name) for name in plain} for layer in self.groups.layers],
+            "layers": [
+                {name: getattr(layer, name) for name in plain} for layer in self.groups.layers
+            ],
             "fixed": [list(pair) for pair in self.groups.fixed],
             "other": [self.groups.other_macs, self.groups.other_params],
             "input_shape": self.input_shape,
@@ -176,11 +190,15 @@ class SearchResult:
             layers = []
             for i, plain in enumerate(meta["layers"]):
                 out_units = tensors[f"layer.{i}.out_units"].numpy()
-                in_units = out_units if plain["kind"] == "bn" else tensors[f"layer.{i}.in_units"].numpy()
+                in_units = (
+                    out_units if plain["kind"] == "bn" else tensors[f"layer.{i}.in_units"].numpy()
+                )
                 layers.append(Layer(out_units=out_units, in_units=in_units, **plain))
             groups = ChannelGroups(
                 tuple(
-                    ChannelGroup(**{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()})
+                    ChannelGroup(
+                        **{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
+                    )
                     for group in meta["groups"]
                 ),
                 tuple(layers),

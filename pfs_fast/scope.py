@@ -62,7 +62,9 @@ def gated_groups(graph: ChannelGraph, model: nn.Module, scope: str) -> ChannelGr
         raise ConfigError(f"search: scope must be one of {SCOPES}, got {scope!r}")
     if not chosen.groups:
         if not any(layer.kind != "bn" for layer in chosen.layers):
-            raise ModelError("search: model must have convolution or linear layers, got none that it calls")
+            raise ModelError(
+                "search: model must have convolution or linear layers, got none that it calls"
+            )
         lines = "\n".join(f"  {name}: {why}" for name, why in chosen.fixed)
         raise ModelError(
             f"search: model must have a channel group that can be gated with scope={scope!r}, got none; each is held "
@@ -77,7 +79,10 @@ def _paper_convolutions(model: nn.Module) -> Callable[[ChannelGroups], list[str]
         return lambda _: list(model.paper_gates())
     if isinstance(model, torchvision.models.ResNet):
         # The first convolution of a BasicBlock, the first two of a Bottleneck: all but the last of each block.
-        last = {torchvision.models.resnet.BasicBlock: "conv2", torchvision.models.resnet.Bottleneck: "conv3"}
+        last = {
+            torchvision.models.resnet.BasicBlock: "conv2",
+            torchvision.models.resnet.Bottleneck: "conv3",
+        }
         return lambda _: [
             f"{name}.{conv}"
             for name, block in model.named_modules()
@@ -97,7 +102,9 @@ def _paper_convolutions(model: nn.Module) -> Callable[[ChannelGroups], list[str]
 
 def chosen_units(graph: ChannelGraph, chosen: ChannelGroups) -> np.ndarray:
     """Unit of each label in the numbering of ``chosen``, ``FIXED`` outside its groups. [num_labels], int64."""
-    renumber = np.full(graph.groups.num_units + 1, FIXED, dtype=np.int64)  # the last entry maps FIXED to itself
+    renumber = np.full(
+        graph.groups.num_units + 1, FIXED, dtype=np.int64
+    )  # the last entry maps FIXED to itself
     by_name = {g.name: g for g in graph.groups.groups}
     for new in chosen.groups:
         old = by_name[new.name]
@@ -164,11 +171,17 @@ class _UnitsAtNodes:
 
     def last_norms(self) -> set[str]:
         direct = self._reaching()
-        return {n.target for n in self.graph.nodes if self._kind(n) == "norm" and n in direct and self.touches(n)}
+        return {
+            n.target
+            for n in self.graph.nodes
+            if self._kind(n) == "norm" and n in direct and self.touches(n)
+        }
 
     def reaches_mixing(self, name: str) -> bool:
         direct = self._reaching()
-        return any(n.op == "call_module" and n.target == name and n in direct for n in self.graph.nodes)
+        return any(
+            n.op == "call_module" and n.target == name and n in direct for n in self.graph.nodes
+        )
 
     def _reaching(self) -> set[fx.Node]:
         """Nodes from which a path leads to a mixing layer past no batch norm."""

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import numbers
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _library, ops
-from .absorbing import absorbing_groups
-from .analysis import channel_graph
 from .batches import Loader, check_reiterable, checked_batches
 from .budget import Budget
 from .checkpoint import Checkpoint, fingerprint
-from .compaction import Compaction, preferred_multiple
-from .config import PRECISIONS, SearchConfig, compute_dtype
-from .cost import CostModel, count
-from .errors import BackendError, BudgetError, ConfigError, NonFiniteLossError
-from .gated import GatedNetwork
-from .gates import GateBank, GateState
-from .groups import ChannelGroups
-from .loop import SearchLoop
-from .ops import reference as reference_ops
+from .config import SearchConfig
+from .errors import ConfigError, NonFiniteLossError
+from .plan import Plan, choose_device, prepare
 from .progress import Progress
 from .result import SearchResult
-from .scope import chosen_units, gate_sites, gated_groups
-from .solver import Sweep
 
 # Steps between two looks at which gates have died; on CUDA a look waits for the device.
 COMPACT_EVERY = {"cpu": 10, "cuda": 50}
@@ -90,13 +75,24 @@ def search(
     budget = Budget.of(budget)
     check_reiterable(loader, config.epochs, "search")
     if config.select == "best" and val_loader is None:
-        raise ConfigError("search: val_loader must be given with select='best', got None; pass one or use select='last'")
-    place = _device(device)
+        raise ConfigError(
+            "search: val_loader must be given with select='best', got None; pass one or use select='last'"
+        )
+    place = choose_device(device)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(config.seed)
         batches = checked_batches(loader, "search")
         first = next(batches)
-        plan = _plan(model, first[0], budget, config, example_input, reference, place, val_loader is not None)
+        plan = prepare(
+            model,
+            first[0],
+            budget,
+            config,
+            device=place,
+            example_input=example_input,
+            reference=reference,
+            track_stats=val_loader is not None,
+        )
         saved = None
         if checkpoint is not None:
             saved = Checkpoint(checkpoint, plan.loop, fingerprint(model, plan.groups, plan.config))
@@ -114,82 +110,8 @@ def search(
     return plan.result(best or plan.loop.gates())
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that is decided before the first step."""
-
-    model: nn.Module
-    groups: ChannelGroups
-    budget: Budget
-    reference: tuple[int, int]
-    config: SearchConfig
-    loop: SearchLoop
-    input_shape: tuple[int, ...]
-
-    def result(self, gates: tuple[Tensor, Tensor]) -> SearchResult:
-        values, died_at = (t.detach().cpu().clone() for t in gates)
-        return SearchResult(
-            self.groups,
-            values,
-            died_at,
-            self.budget,
-            self.reference,
-            self.config,
-            list(self.loop.state.history),
-            self.model,
-            self.input_shape,
-        )
-
-
-def _plan(
-    model: nn.Module,
-    images: Tensor,
-    budget: Budget,
-    config: SearchConfig,
-    example_input: Tensor | tuple[Tensor, ...] | None,
-    reference: nn.Module | int | None,
-    device: torch.device,
-    track_stats: bool,
-) -> _Plan:
-    example = images[:1] if example_input is None else example_input
-    graph = channel_graph(model, _for_model(example, model))
-    groups = gated_groups(graph, model, config.scope)
-    cost_model = CostModel(groups)
-    share_base = _reference(reference, budget, example, cost_model.base)
-    limits = budget.resolve(share_base)
-    # An infeasible budget is an error before any training.
-    unranked = np.zeros(groups.num_units)
-    Sweep(
-        groups,
-        unranked,
-        unranked,
-        multiple_of=limits.multiple_of,
-        min_channels=limits.min_channels,
-        cost_model=cost_model,
-    ).largest(limits)
-    dtype = compute_dtype(config.precision, device)
-    kernels = _kernels(config.backend, device)
-    config = replace(
-        config,
-        target=config.target or _target(limits.macs, limits.params, share_base),
-        precision=next(name for name, value in PRECISIONS.items() if value == dtype),
-        backend="reference" if kernels is reference_ops else "fused",
-    )
-    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    state = GateState.create(groups.num_units, config.gate_init, gate_dtype, device)
-    sites = gate_sites(graph, groups, config.scope)
-    bank = GateBank(groups, sites, state)
-    network = GatedNetwork(
-        graph, bank, kernels, dtype=dtype, channels_last=config.channels_last, track_stats=track_stats
-    )
-    absorbing = absorbing_groups(network, groups, chosen_units(graph, groups))
-    compaction = Compaction(network, bank, groups, sites, absorbing, preferred_multiple(device))
-    loop = SearchLoop(network, bank, config, kernels, dtype, compaction)
-    return _Plan(model, groups, budget, share_base, config, loop, tuple(images.shape[1:]))
-
-
 def _run(
-    plan: _Plan,
+    plan: Plan,
     loader: Loader,
     batches: Iterator[tuple[Tensor, Tensor]],
     val_loader: Loader | None,
@@ -202,7 +124,9 @@ def _run(
     look_every = COMPACT_EVERY[loop.device.type]
     with Progress(total, "search", progress, initial=state.steps) as bar:
         while state.epoch < config.epochs and state.steps < limit:
-            for images, labels in itertools.islice(batches, None if limit == float("inf") else limit - state.steps):
+            for images, labels in itertools.islice(
+                batches, None if limit == float("inf") else limit - state.steps
+            ):
                 loop.step(images, labels)
                 bar.update(**loop.metrics())
                 if state.steps % config.log_every == 0:
@@ -217,79 +141,6 @@ def _run(
             if saved is not None:
                 saved.save()
             batches = checked_batches(loader, "search", epoch=state.epoch)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"search: device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ConfigError(f"search: device must be a CPU or CUDA device, got '{chosen}'; use device='cpu'")
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"search: device must be there, got '{chosen}' without a CUDA device; use device='cpu'")
-        chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
-        if chosen.index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"search: device must be there, got '{chosen}' of {torch.cuda.device_count()}; use a smaller index"
-            )
-    return chosen
-
-
-def _kernels(backend: str, device: torch.device) -> ModuleType:
-    """The operators that ``backend`` means. Never falls back."""
-    if backend == "reference":
-        return reference_ops
-    _library.require_ops()
-    there = _library.backends()
-    if device.type == "cuda" and not there.cuda:
-        raise BackendError(
-            f"search: backend '{backend}' must have compiled operators for '{device}', got none: {there.cuda_reason}; "
-            "rebuild with PFS_FAST_CUDA=1, use device='cpu', or choose backend='reference'"
-        )
-    return ops
-
-
-def _for_model(example: Tensor | tuple[Tensor, ...], model: nn.Module) -> tuple[Tensor, ...]:
-    """The example input on the device and in the floating dtype of the model's parameters, as tracing needs it."""
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    inputs = example if isinstance(example, tuple) else (example,)
-    if not all(isinstance(x, Tensor) for x in inputs):
-        raise ConfigError(f"search: example_input must be a tensor or a tuple of tensors, got {type(example).__name__}")
-    if parameter is None:
-        return inputs
-    return tuple(x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype) for x in inputs)
-
-
-def _reference(
-    reference: nn.Module | int | None, budget: Budget, example: Any, base: tuple[int, int]
-) -> tuple[int, int]:
-    """``(macs, params)`` that a share refers to."""
-    if reference is None:
-        return base
-    if isinstance(reference, nn.Module):
-        cost = count(reference, _for_model(example, reference))
-        return cost.macs, cost.params
-    if isinstance(reference, bool) or not isinstance(reference, numbers.Real) or not reference >= 1:
-        raise BudgetError(
-            f"search: reference must be a module or a number of MACs of at least 1, got {reference!r}; leave it out for "
-            "the model itself"
-        )
-    if isinstance(budget.params, float):
-        raise BudgetError(
-            f"search: reference must be a module for a share of parameters ({budget.params:g}), got a number of MACs; pass "
-            "the reference network, or an absolute number of parameters"
-        )
-    return int(reference), base[1]
-
-
-def _target(macs: int | None, params: int | None, reference: tuple[int, int]) -> float:
-    """r by default: the budget as a share of the reference; of MACs if they are limited, else of parameters."""
-    share = macs / reference[0] if macs is not None else params / reference[1]
-    return min(share, 1.0)
 
 
 def _total_steps(loader: Any, config: SearchConfig) -> int | None:

@@ -17,7 +17,7 @@ from pfs_fast.gates import GateBank, GateState
 from pfs_fast.ops import reference
 from pfs_fast.scope import chosen_units, gate_sites, gated_groups
 
-search_module = sys.modules["pfs_fast.search"]
+search_module, plan_module = (sys.modules[f"pfs_fast.{name}"] for name in ("search", "plan"))
 
 
 class Inception(nn.Module):
@@ -27,7 +27,9 @@ class Inception(nn.Module):
         super().__init__()
         self.a = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
         self.b = nn.Sequential(nn.Conv2d(3, 20, 1), nn.BatchNorm2d(20), nn.ReLU6())
-        self.mix = nn.Sequential(nn.Conv2d(32, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2))
+        self.mix = nn.Sequential(
+            nn.Conv2d(32, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)
+        )
         self.fc = nn.Linear(16, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +55,10 @@ class SqueezeExcite(nn.Module):
 def batches(size: int = 16) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(6, 3, size, size, generator=generator), torch.randint(10, (6,), generator=generator))
+        (
+            torch.randn(6, 3, size, size, generator=generator),
+            torch.randint(10, (6,), generator=generator),
+        )
         for _ in range(10)
     ]
 
@@ -61,7 +66,14 @@ def batches(size: int = 16) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def run(model: nn.Module, compact: bool, **options: object) -> pfs.SearchResult:
     # Gates that start low die within a few steps of the paper's learning rate.
     config = pfs.SearchConfig(
-        precision="fp64", backend="reference", gate_init=0.15, target=0.05, gamma=2.0, compact=compact, epochs=5, **options
+        precision="fp64",
+        backend="reference",
+        gate_init=0.15,
+        target=0.05,
+        gamma=2.0,
+        compact=compact,
+        epochs=5,
+        **options,
     )
     return pfs.search(model, batches(), 0.95, config=config, progress=False)
 
@@ -72,7 +84,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(search_module.COMPACT_EVERY, "cpu", 4)
     monkeypatch.setattr(compaction, "MIN_SAVING", 1e-9)
     monkeypatch.setattr(compaction, "COST_FACTOR", 0.0)
-    monkeypatch.setattr(search_module, "preferred_multiple", lambda device: 2)
+    monkeypatch.setattr(plan_module, "preferred_multiple", lambda device: 2)
 
 
 MODELS = {
@@ -89,14 +101,18 @@ MOBILE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:solve. all:UserWarning")  # a layer that dies out is a fine test case
+@pytest.mark.filterwarnings(
+    "ignore:solve. all:UserWarning"
+)  # a layer that dies out is a fine test case
 @pytest.mark.parametrize("scope", ["paper", "all"])
 @pytest.mark.parametrize("name", MODELS)
 def test_compacted_search_ends_with_the_same_gates(name: str, scope: str, eager: None) -> None:
     torch.manual_seed(3)
     model = MODELS[name]()
     whole, compacted = run(model, False, scope=scope), run(model, True, scope=scope)
-    assert compacted.history[-1]["channels"] < whole.history[-1]["channels"] == len(whole.flat_gates)
+    assert (
+        compacted.history[-1]["channels"] < whole.history[-1]["channels"] == len(whole.flat_gates)
+    )
     torch.testing.assert_close(compacted.flat_gates, whole.flat_gates, rtol=0, atol=1e-10)
     assert torch.equal(compacted.died_at, whole.died_at)
     assert compacted.structure == whole.structure
@@ -130,9 +146,13 @@ def test_leaving_dead_channels_out_keeps_loss_and_gradients(name: str, scope: st
     assert (narrow_grad - grad[~gone]).abs().max() <= 1e-11 * grad.abs().max()
 
 
-def test_checkpoint_of_a_compacted_search_goes_on_as_if_never_interrupted(eager: None, tmp_path) -> None:
+def test_checkpoint_of_a_compacted_search_goes_on_as_if_never_interrupted(
+    eager: None, tmp_path
+) -> None:
     model = MODELS["resnet"]()
-    config = pfs.SearchConfig(precision="fp64", backend="reference", gate_init=0.15, target=0.05, gamma=2.0, epochs=4)
+    config = pfs.SearchConfig(
+        precision="fp64", backend="reference", gate_init=0.15, target=0.05, gamma=2.0, epochs=4
+    )
     straight = pfs.search(model, batches(), 0.95, config=config, progress=False)
 
     class Interrupted(Exception):
@@ -160,9 +180,17 @@ def gated(model: nn.Module, scope: str, track_stats: bool = False) -> tuple:
     graph = channel_graph(model, torch.zeros(1, 3, 32, 32))
     groups = gated_groups(graph, model, scope)
     sites = gate_sites(graph, groups, scope)
-    bank = GateBank(groups, sites, GateState.create(groups.num_units, 1.0, torch.float64, torch.device("cpu")))
+    bank = GateBank(
+        groups, sites, GateState.create(groups.num_units, 1.0, torch.float64, torch.device("cpu"))
+    )
     network = GatedNetwork(graph, bank, reference, dtype=torch.float64, track_stats=track_stats)
-    return network, bank, groups, sites, absorbing_groups(network, groups, chosen_units(graph, groups))
+    return (
+        network,
+        bank,
+        groups,
+        sites,
+        absorbing_groups(network, groups, chosen_units(graph, groups)),
+    )
 
 
 def absorbing(model: nn.Module, scope: str = "paper", track_stats: bool = False) -> frozenset[str]:
@@ -195,7 +223,7 @@ def test_evaluated_network_keeps_channels_behind_running_statistics() -> None:
 
 
 def test_wide_enough_widths_stay_multiples(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_module, "preferred_multiple", lambda device: 8)
+    monkeypatch.setattr(plan_module, "preferred_multiple", lambda device: 8)
     result = run(MODELS["resnet"](), True)
     alive = sum(8 * -(-int((gate > 0).sum()) // 8) or 8 for gate in result.gates.values())
     assert result.history[-1]["channels"] <= len(result.flat_gates)
