@@ -73,6 +73,7 @@ class Propagation:
         self._modules = dict(traced.train.named_modules())
         self._shared = _shared_weights(traced.train)
         for index, graph_module in enumerate(traced.graphs):
+            self._index = index
             self._count = graph_module is traced.eval
             self._run(index, graph_module.graph)
 
@@ -86,8 +87,10 @@ class Propagation:
             env[node] = result
             if isinstance(result, Value):
                 self.outputs[index, node.name] = result
+                if rules.writes_in_place(node, self._module(node)):
+                    env[node.args[0]] = result  # later readers of the operand see the new values
             if node.op == "call_module" and isinstance(self._modules[node.target], _BatchNorm):
-                self.inputs[index, node.name] = args[0] if args else next(iter(kwargs.values()))
+                self.inputs[index, node.name] = _input(args, kwargs)
 
     def _node(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         if node.op in ("placeholder", "get_attr"):
@@ -95,17 +98,20 @@ class Propagation:
         if node.op == "output":
             self._fix_all(args, "it is an output of the network")
             return None
-        module = self._modules[node.target] if node.op == "call_module" else None
+        module = self._module(node)
         if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
-            return self._conv(node, module, args[0])
+            return self._conv(node, module, _input(args, kwargs))
         if isinstance(module, nn.Linear):
-            return self._linear(node, module, args[0])
+            return self._linear(node, module, _input(args, kwargs))
         if isinstance(module, _BatchNorm):
-            return self._batch_norm(node, module, args[0])
+            return self._batch_norm(node, module, _input(args, kwargs))
         values = [v for v in _flatten((args, kwargs)) if isinstance(v, Value)]
         if not values:  # arithmetic on sizes and other plain values
             return _unlabelled(node.meta["val"])
         return self._operation(node, rules.plain_name(node, module), args, kwargs, values)
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self._modules[node.target] if node.op == "call_module" else None
 
     def _operation(self, node: fx.Node, name: str, args: tuple, kwargs: dict, values: list[Value]) -> Any:
         meta = node.meta["val"]
@@ -121,12 +127,20 @@ class Propagation:
         if name in rules.ZERO_PRESERVING and len(values) == 1:
             return x
         if name in rules.ELEMENTWISE and len(values) == 1:
-            return Value(x.shape, x.dim, x.labels, zero=False)
+            zero = x.zero and name in rules.BOUNDED and self._maps_zero_to_zero(node)
+            return Value(x.shape, x.dim, x.labels, zero)
         if name == "prelu" and node.op == "call_module" and self._modules[node.target].num_parameters == 1:
             return x
         if name in rules.ADDITIVE | rules.MULTIPLICATIVE | rules.DIVISION:
-            return self._binary(node, name, args)
-        if name in rules.SPATIAL and x.dim == 1 and isinstance(meta, torch.Tensor) and meta.shape[1] == x.shape[1]:
+            return self._binary(node, name, args, kwargs)
+        if (
+            name in rules.SPATIAL
+            and x.dim == 1
+            and isinstance(meta, torch.Tensor)
+            and meta.shape[1] == x.shape[1]
+            # Without a batch dimension the channels would be positions: max_pool2d of [N, C, L] mixes them.
+            and (not name.endswith(("1d", "2d", "3d")) or len(x.shape) == int(name[-2]) + 2)
+        ):
             return Value(tuple(meta.shape), 1, x.labels, x.zero)
         if name in rules.REDUCTION and len(values) == 1:
             return self._reduction(node, x, args, kwargs)
@@ -219,12 +233,31 @@ class Propagation:
 
     # -- operations ------------------------------------------------------------------------------------------------
 
-    def _binary(self, node: fx.Node, name: str, args: tuple) -> Value:
+    def _maps_zero_to_zero(self, node: fx.Node) -> bool:
+        """Runs an operation whose f(0) depends on its arguments (``clamp(min=0.1)``) on a zero."""
+
+        def plain(n: fx.Node) -> Any:
+            return torch.zeros(1) if isinstance(n.meta["val"], torch.Tensor) else n.meta["val"]
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), plain)
+        if node.op == "call_module":
+            result = self._modules[node.target](*args, **kwargs)
+        elif node.op == "call_method":
+            result = getattr(args[0], node.target)(*args[1:], **kwargs)
+        else:
+            result = node.target(*args, **kwargs)
+        return not bool(result.any())
+
+    def _binary(self, node: fx.Node, name: str, args: tuple, kwargs: dict) -> Value:
         shape = tuple(node.meta["val"].shape)
+        names = ("input", "other")[len(args) :]
+        args = (*args[:2], *(kwargs[n] for n in names if n in kwargs))
+        if len(args) < 2:
+            return self._refuse(node, _flatten((args, kwargs)), f"the operands of '{node.name}' are not understood")
         operands = [a for a in args if isinstance(a, Value)]
         aligned = [(v, None if v.dim is None else v.dim + len(shape) - len(v.shape)) for v in operands]
         labelled = [(v, d) for v, d in aligned if d is not None]
-        zero = all(v.zero and v.dim is not None for v in operands) and len(operands) == len(args[:2])
+        zero = all(v.zero and v.dim is not None for v in operands) and len(operands) == 2
         if name in rules.MULTIPLICATIVE:
             zero = any(v.zero for v, _ in labelled)
         elif name in rules.DIVISION:  # 0 / x, never x / 0
@@ -260,7 +293,7 @@ class Propagation:
     def _concatenation(self, node: fx.Node, args: tuple, kwargs: dict) -> Value:
         tensors = kwargs.get("tensors", args[0] if args else None)
         shape = tuple(node.meta["val"].shape)
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % len(shape)
+        dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0)) % len(shape)
         labelled = [v for v in tensors if v.dim is not None]
         zero = all(v.zero for v in labelled)
         if all(v.dim == dim for v in labelled):
@@ -285,25 +318,27 @@ class Propagation:
         labels = x.labels
         if len(pads) > spatial:
             before, after = pads[spatial], pads[spatial + 1]
+            if before < 0 or after < 0:
+                return self._refuse(node, [x], f"'{node.name}' crops channels")
             labels = np.concatenate([np.zeros(before, np.int64), labels, np.zeros(after, np.int64)])
         return Value(tuple(node.meta["val"].shape), x.dim, labels, x.zero)
 
     def _movement(self, node: fx.Node, name: str, x: Value, args: tuple, kwargs: dict) -> Any:
-        """Run the operation itself on a tensor of labels, and see where the labels come out."""
+        """Run the operation itself on a tensor of channel indices, and see where they come out."""
         view = [1] * len(x.shape)
         view[x.dim] = -1
-        labels = torch.from_numpy(x.labels).view(view).expand(x.shape)
+        channels = torch.arange(len(x.labels)).view(view).expand(x.shape)
         rest = fx.map_arg(node.args[1:], lambda n: n.meta["val"])
         plain = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
         try:
             if node.op == "call_module":
-                moved = self._modules[node.target](labels)
-            elif name == "view":  # the label tensor may be strided otherwise than the real one
-                moved = labels.reshape(*rest, **plain)
+                moved = self._modules[node.target](channels)
+            elif name == "view":  # the tensor of indices may be strided otherwise than the real one
+                moved = channels.reshape(*rest, **plain)
             elif node.op == "call_method":
-                moved = getattr(labels, node.target)(*rest, **plain)
+                moved = getattr(channels, node.target)(*rest, **plain)
             else:
-                moved = node.target(labels, *rest, **plain)
+                moved = node.target(channels, *rest, **plain)
         except Exception as error:
             return self._refuse(node, [x], f"'{node.name}' could not be followed ({error})")
         outputs = moved if isinstance(moved, (tuple, list)) else (moved,)
@@ -319,29 +354,61 @@ class Propagation:
         return type(moved)(results) if isinstance(moved, (tuple, list)) else results[0]
 
     def _settle(self, node: fx.Node, name: str, x: Value, moved: torch.Tensor) -> Value | None:
-        """The moved labels as a ``Value``, or None where a slim network could not repeat the move."""
+        """The moved channels as a ``Value``, or None where a slim network could not repeat the move."""
         shape = tuple(moved.shape)
         varying = [d for d in range(moved.dim()) if _varies(moved, d)]
         if not varying:
-            label = int(moved.flatten()[0]) if moved.numel() else NONE
+            label = int(x.labels[int(moved.flatten()[0])]) if moved.numel() else NONE
             if label != NONE and len(x.labels) > 1:
                 return None  # one channel picked by its index
             ones = [d for d in range(len(shape)) if shape[d] == 1]
             return Value(shape) if label == NONE else Value(shape, ones[0] if ones else None, np.array([label]), x.zero)
-        free = [d for d in varying if _size_is_free(node, name, d, shape)]
+        free = [d for d in varying if self._size_is_free(node, name, d, shape, x)]
         if not free:
             return None
         dim = free[-1]
         index = tuple(slice(None) if d == dim else 0 for d in range(len(shape)))
-        labels = moved[index].numpy().copy()
-        if name == "getitem" and not np.array_equal(labels, x.labels):
+        channels = moved[index].numpy()
+        if name == "getitem" and not np.array_equal(channels, np.arange(len(x.labels))):
             return None  # a slice of the channels
+        labels = x.labels[channels]
         if len(varying) > 1:
             # The channels are split over several dimensions (a shuffle): every row must keep the same positions.
             rows = moved.movedim(dim, -1).reshape(-1, len(labels)).unique(dim=0).numpy()
             for row in rows:
-                self.constraints.ties.append((labels, row))
+                self.constraints.ties.append((labels, x.labels[row]))
         return Value(shape, dim, labels, x.zero)
+
+    def _size_is_free(self, node: fx.Node, name: str, dim: int, shape: tuple[int, ...], x: Value) -> bool:
+        """Whether the output size along ``dim`` follows the channels: computed from them, -1 or implied, not a number."""
+        if name == "unflatten":
+            return False
+        if name not in ("view", "reshape", "expand"):
+            return True
+        sizes = node.args[1:] or (node.kwargs.get("shape") or node.kwargs.get("size"),)
+        if len(sizes) == 1 and isinstance(sizes[0], (tuple, list, torch.Size)):
+            sizes = sizes[0]
+        if len(sizes) == 1 and isinstance(sizes[0], fx.Node):
+            return name != "expand" and self._counts_channels(sizes[0], x)  # a whole shape that was computed
+        if len(sizes) != len(shape):
+            return False
+        return sizes[dim] == -1 if not isinstance(sizes[dim], fx.Node) else self._counts_channels(sizes[dim], x)
+
+    def _counts_channels(self, size: fx.Node, x: Value) -> bool:
+        """Whether a size was computed from tensors with the channels of ``x``: another tensor may keep another number."""
+        sources, seen = [size], set()
+        while sources:
+            source = sources.pop()
+            if source in seen:
+                continue
+            seen.add(source)
+            if not isinstance(source.meta["val"], torch.Tensor):
+                sources += source.all_input_nodes
+                continue
+            value = self.outputs.get((self._index, source.name))
+            if value is None or value.dim is None or not np.isin(x.labels, value.labels).all():
+                return False
+        return True
 
     # -- constraints -----------------------------------------------------------------------------------------------
 
@@ -365,6 +432,11 @@ class Propagation:
     def _refuse(self, node: fx.Node, values: list[Value], reason: str) -> Any:
         self._fix_all(values, reason)
         return _unlabelled(node.meta["val"])
+
+
+def _input(args: tuple, kwargs: dict) -> Value:
+    """What a layer is called with: ``layer(x)`` or ``layer(input=x)``."""
+    return args[0] if args else kwargs["input"]
 
 
 def _value(shape: tuple[int, ...], dim: int, labels: np.ndarray) -> Value:
@@ -399,25 +471,10 @@ def _size_at(shape: tuple[int, ...], dim: int, ndim: int) -> int:
     return shape[position] if position >= 0 else 1
 
 
-def _varies(labels: torch.Tensor, dim: int) -> bool:
-    if labels.size(dim) <= 1 or labels.stride(dim) == 0:
+def _varies(channels: torch.Tensor, dim: int) -> bool:
+    if channels.size(dim) <= 1 or channels.stride(dim) == 0:
         return False
-    return not bool((labels == labels.select(dim, 0).unsqueeze(dim)).all())
-
-
-def _size_is_free(node: fx.Node, name: str, dim: int, shape: tuple[int, ...]) -> bool:
-    """Whether the output size along ``dim`` follows the input: computed, -1 or implied, not a number in the code."""
-    if name in ("view", "reshape"):
-        sizes = node.args[1:] if node.op == "call_method" else node.args[1:] or node.kwargs.get("shape")
-        if len(sizes) == 1 and isinstance(sizes[0], (tuple, list, torch.Size)):
-            sizes = sizes[0]
-        if len(sizes) == 1 and isinstance(sizes[0], fx.Node):
-            return True  # a whole shape that was computed
-        return len(sizes) == len(shape) and (isinstance(sizes[dim], fx.Node) or sizes[dim] == -1)
-    if name == "expand":
-        sizes = node.args[1:]
-        return len(sizes) == len(shape) and (isinstance(sizes[dim], fx.Node) or sizes[dim] == -1)
-    return name != "unflatten"
+    return not bool((channels == channels.select(dim, 0).unsqueeze(dim)).all())
 
 
 def _shared_weights(root: nn.Module) -> dict[str, str]:

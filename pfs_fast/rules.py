@@ -6,18 +6,24 @@ Functions, methods and modules are looked up by one plain name (``torch.relu``, 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx, nn
 
 # f(0) = 0, each element alone: a dropped channel stays 0.
 ZERO_PRESERVING = frozenset(
-    """relu relu6 leakyrelu elu celu selu silu gelu mish hardswish hardtanh tanh tanhshrink softsign hardshrink softshrink
+    """relu relu6 leakyrelu elu celu selu silu gelu mish hardswish tanh tanhshrink softsign hardshrink softshrink
     identity dropout dropout1d dropout2d dropout3d alphadropout featuredropout featurealphadropout stochasticdepth
     stochastic_depth droppath clone contiguous detach to type type_as float double half bfloat16 neg abs sqrt square sin
-    sign clamp_max""".split()
+    sign""".split()
 )
 # Each element alone, but f(0) may differ from 0.
-ELEMENTWISE = frozenset("sigmoid hardsigmoid logsigmoid softplus exp log cos rsqrt reciprocal clamp clamp_min threshold".split())
+ELEMENTWISE = frozenset(
+    "sigmoid hardsigmoid logsigmoid softplus exp log cos rsqrt reciprocal clamp clamp_min clamp_max hardtanh threshold".split()
+)
+# Those whose f(0) depends on their arguments: the propagation computes it.
+BOUNDED = frozenset("clamp clamp_min clamp_max hardtanh threshold".split())
 # Two operands, broadcast.
 ADDITIVE = frozenset("add iadd radd sub isub rsub subtract".split())
 MULTIPLICATIVE = frozenset("mul imul rmul multiply".split())
@@ -60,6 +66,22 @@ def plain_name(node: fx.Node, module: nn.Module | None) -> str:
     # A function that the user hid behind torch.fx.wrap may be called `add` and do anything.
     return name.rstrip("_") if origin in _TRUSTED else f"{origin}.{name}"
 
+
+def writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation changes its first operand, which others may read later under its old name."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if isinstance(node.target, str):
+        return node.target.endswith("_") and not node.target.endswith("__")
+    if node.target in _AUGMENTED:
+        return True
+    name = getattr(node.target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+
+
+_AUGMENTED = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 # torch.nn.functional wraps these in a function that has lost its name.
 _DISPATCHED = {

@@ -1,0 +1,584 @@
+"""Which channels live and die together: exact partitions, and reasons for what is held whole."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from small_nets import Net, Net2, cbr, conv, head
+from torch import nn
+
+import pfs_fast as pfs
+from pfs_fast.analysis import analyse
+from pfs_fast.cost import CostModel
+from pfs_fast.groups import FIXED
+
+OUTPUT = "it is an output of the network"
+NOT_ZERO = "a dropped channel would not be 0 where layer"
+
+
+@dataclass
+class Case:
+    """A model, the expected ``{producers: size}`` of its groups, and ``{layer: reason}`` of what is held whole."""
+
+    model: object
+    groups: dict[tuple[str, ...], int]
+    fixed: dict[str, str] = field(default_factory=dict)
+    inputs: tuple[tuple[int, ...], ...] = ((1, 3, 6, 6),)
+    head: bool = True  # the last layer, "fc.2", is held as the output
+    residual: tuple[tuple[str, ...], ...] = ()
+    per_unit: dict[tuple[str, ...], int] = field(default_factory=dict)
+
+
+@torch.fx.wrap
+def unknown_function(x):
+    return x.flip(1)
+
+
+def shuffle(x: torch.Tensor, groups: int = 2) -> torch.Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def twice_in_place(m, x):
+    y = m.a(x)
+    y.sigmoid_()
+    return m.fc(m.b(y))
+
+
+def shared_weight() -> nn.Module:
+    model = Net(
+        lambda m, x: m.fc(F.relu(m.c(F.relu(m.b(F.relu(m.a(x))))))),
+        a=conv(3, 8),
+        b=conv(8, 8),
+        c=conv(8, 8),
+        fc=head(8),
+    )
+    model.c.weight = model.b.weight
+    return model
+
+
+def parametrised() -> nn.Module:
+    a = nn.utils.parametrizations.weight_norm(conv(3, 6))
+    return Net(lambda m, x: m.fc(m.b(F.relu(m.a(x)))), a=a, b=conv(6, 5), fc=head(5))
+
+
+class BlurredConv(nn.Conv2d):
+    """A subclass with a forward of its own."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), None, padding=self.padding)
+
+
+A, AB = ("a",), ("a", "b")
+two = dict(a=conv(3, 6), b=conv(3, 6), fc=head(6))
+
+CASES = {
+    "chain": Case(
+        nn.Sequential(cbr(3, 6), cbr(6, 5), head(5)),
+        {("0.0",): 6, ("1.0",): 5},
+        {"2.2": OUTPUT},
+        head=False,
+    ),
+    "residual add": Case(Net(lambda m, x: m.fc(m.a(x) + m.b(x)), **two), {AB: 6}, residual=(AB,)),
+    "residual add, keyword": Case(
+        Net(lambda m, x: m.fc(torch.add(m.a(x), other=m.b(x))), **two), {AB: 6}, residual=(AB,)
+    ),
+    "residual add, keywords": Case(
+        Net(lambda m, x: m.fc(torch.add(input=m.a(x), other=m.b(x))), **two),
+        {AB: 6},
+        residual=(AB,),
+    ),
+    "residual add in place": Case(
+        Net(lambda m, x: m.fc(m.a(x).add_(m.b(x))), **two), {AB: 6}, residual=(AB,)
+    ),
+    "difference": Case(Net(lambda m, x: m.fc(m.a(x) - m.b(x)), **two), {AB: 6}, residual=(AB,)),
+    "product": Case(Net(lambda m, x: m.fc(m.a(x) * m.b(x)), **two), {AB: 6}),
+    "concatenation": Case(
+        Net(
+            lambda m, x: m.fc(torch.cat([m.a(x), m.b(x)], 1)),
+            a=conv(3, 6),
+            b=conv(3, 2),
+            fc=head(8),
+        ),
+        {A: 6, ("b",): 2},
+    ),
+    "concatenation, axis": Case(
+        Net(
+            lambda m, x: m.fc(torch.cat([m.a(x), m.b(x)], axis=1)),
+            a=conv(3, 6),
+            b=conv(3, 2),
+            fc=head(8),
+        ),
+        {A: 6, ("b",): 2},
+    ),
+    "concatenation, negative dim": Case(
+        Net(
+            lambda m, x: m.fc(torch.cat((m.a(x), m.b(x)), dim=-3)),
+            a=conv(3, 6),
+            b=conv(3, 2),
+            fc=head(8),
+        ),
+        {A: 6, ("b",): 2},
+    ),
+    "concatenation of positions": Case(
+        Net(lambda m, x: m.fc(torch.cat([m.a(x), m.b(x)], 2)), **two), {AB: 6}
+    ),
+    "concatenation with the input": Case(
+        Net(lambda m, x: m.fc(torch.cat([x, m.a(x)], 1)), a=conv(3, 6), fc=head(9)), {A: 6}
+    ),
+    "sum over a concatenation": Case(
+        Net(
+            lambda m, x: m.fc(torch.cat([m.a(x), m.b(x)], 1) + m.c(x)),
+            a=conv(3, 4),
+            b=conv(3, 2),
+            c=conv(3, 6),
+            fc=head(6),
+        ),
+        {("a", "b", "c"): 6},
+        residual=(("a", "b", "c"),),
+    ),
+    "sum with the input": Case(
+        Net(lambda m, x: m.fc(x + m.a(x)), a=conv(3, 3), fc=head(3)),
+        {},
+        {"a": "combines it with a tensor of fixed size"},
+    ),
+    "depthwise": Case(
+        nn.Sequential(cbr(3, 6), cbr(6, 6, groups=6), cbr(6, 5, 1), head(5)),
+        {("0.0",): 6, ("2.0",): 5},
+        {"3.2": OUTPUT},
+        head=False,
+    ),
+    "depth multiplier": Case(
+        nn.Sequential(
+            conv(3, 4), nn.ReLU(), nn.Conv2d(4, 8, 3, groups=4), nn.ReLU(), conv(8, 5), head(5)
+        ),
+        {("0",): 4, ("4",): 5},
+        {"5.2": OUTPUT},
+        head=False,
+    ),
+    "grouped": Case(
+        nn.Sequential(
+            conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 5), head(5)
+        ),
+        {("0",): 2, ("2",): 3, ("4",): 5},
+        {"5.2": OUTPUT},
+        head=False,
+        per_unit={("0",): 4, ("2",): 4},
+    ),
+    "flatten before linear": Case(
+        Net(
+            lambda m, x: m.fc(torch.flatten(F.relu(m.a(x)), 1)), a=conv(3, 6), fc=nn.Linear(216, 4)
+        ),
+        {A: 6},
+        {"fc": OUTPUT},
+        head=False,
+    ),
+    "view before linear": Case(
+        Net(
+            lambda m, x: m.fc((lambda y: y.view(y.size(0), -1))(m.a(x))),
+            a=conv(3, 6),
+            fc=nn.Linear(216, 4),
+        ),
+        {A: 6},
+        {"fc": OUTPUT},
+        head=False,
+    ),
+    "batch norm after flatten": Case(
+        nn.Sequential(conv(3, 6), nn.Flatten(), nn.BatchNorm1d(216), nn.ReLU(), nn.Linear(216, 4)),
+        {("0",): 6},
+        {"4": OUTPUT},
+        head=False,
+    ),
+    "squeeze and excite": Case(
+        Net(
+            lambda m, x: m.fc(
+                (lambda y: y * m.e(F.relu(m.r(F.adaptive_avg_pool2d(y, 1)))).sigmoid())(m.a(x))
+            ),
+            a=conv(3, 6),
+            r=nn.Conv2d(6, 2, 1),
+            e=nn.Conv2d(2, 6, 1),
+            fc=head(6),
+        ),
+        {("a", "e"): 6, ("r",): 2},
+    ),
+    "pools, module": Case(
+        nn.Sequential(
+            conv(3, 6),
+            nn.MaxPool2d(2),
+            nn.AvgPool2d(2, 1),
+            nn.AdaptiveMaxPool2d(2),
+            conv(6, 5),
+            head(5),
+        ),
+        {("0",): 6, ("4",): 5},
+        {"5.2": OUTPUT},
+        head=False,
+    ),
+    "pools, functional": Case(
+        Net(
+            lambda m, x: m.fc(
+                m.b(
+                    F.interpolate(
+                        F.avg_pool2d(F.max_pool2d(F.relu6(F.dropout(m.a(x), 0.1)), 2), 2),
+                        scale_factor=2.0,
+                    )
+                )
+            ),
+            a=conv(3, 6),
+            b=conv(6, 5),
+            fc=head(5),
+        ),
+        {A: 6, ("b",): 5},
+    ),
+    "zero padding": Case(
+        Net(lambda m, x: m.fc(F.pad(m.a(x), (1, 1, 1, 1))), a=conv(3, 6), fc=head(6)), {A: 6}
+    ),
+    "padded channels": Case(
+        Net(lambda m, x: m.fc(F.pad(m.a(x), (0, 0, 0, 0, 1, 2))), a=conv(3, 6), fc=head(9)), {A: 6}
+    ),
+    "cropped channels": Case(
+        Net(lambda m, x: m.fc(F.pad(m.a(x), (0, 0, 0, 0, -1, 0))), a=conv(3, 6), fc=head(5)),
+        {},
+        {"a": "crops channels"},
+    ),
+    "padded with ones": Case(
+        Net(lambda m, x: m.fc(F.pad(m.a(x), (1, 1), value=1.0)), a=conv(3, 6), fc=head(6)),
+        {},
+        {"a": "pads with a value"},
+    ),
+    "module used twice": Case(
+        Net(lambda m, x: m.fc(m.b(F.relu(m.b(m.a(x))))), a=conv(3, 6), b=conv(6, 6), fc=head(6)),
+        {AB: 6},
+    ),
+    "batch norm used twice": Case(
+        Net(
+            lambda m, x: m.fc(torch.cat([m.n(m.a(x)), m.n(m.b(x))], 1)),
+            a=conv(3, 6),
+            b=conv(3, 6),
+            n=nn.BatchNorm2d(6),
+            fc=head(12),
+        ),
+        {AB: 6},
+    ),
+    "shared weight": Case(
+        shared_weight(), {}, {"a": "shares its weight", "b": "with 'c'", "c": "with 'b'"}
+    ),
+    "parametrised": Case(
+        parametrised(), {("b",): 5}, {"a": r"the weight of layer 'a' is computed"}
+    ),
+    "convolution with its own forward": Case(
+        Net(
+            lambda m, x: m.fc(m.b(m.a(x))),
+            a=conv(3, 6),
+            b=BlurredConv(6, 5, 3, padding=1),
+            fc=head(5),
+        ),
+        {},
+        {"a": "'conv2d' .* is not understood"},
+    ),
+    "chunk": Case(
+        Net(
+            lambda m, x: m.fc((lambda t: t[0] * t[1].sigmoid())(m.a(x).chunk(2, 1))),
+            a=conv(3, 6),
+            fc=head(3),
+        ),
+        {A: 3},
+        per_unit={A: 2},
+    ),
+    "split at fixed places": Case(
+        Net(
+            lambda m, x: m.fc((lambda t: t[0] * t[1])(m.a(x).split(3, 1))), a=conv(3, 6), fc=head(3)
+        ),
+        {},
+        {"a": "cuts the channels at fixed places"},
+    ),
+    "slice": Case(
+        Net(lambda m, x: m.fc(m.a(x)[:, :4]), a=conv(3, 6), fc=head(4)),
+        {},
+        {"a": "cuts the channels at fixed places"},
+    ),
+    "slice of positions": Case(
+        Net(lambda m, x: m.fc(m.a(x)[:, :, 1:]), a=conv(3, 6), fc=head(6)), {A: 6}
+    ),
+    "channel shuffle": Case(
+        Net(lambda m, x: m.fc(shuffle(m.a(x))), a=conv(3, 6), fc=head(6)), {A: 3}, per_unit={A: 2}
+    ),
+    "two channel shuffles": Case(  # tied over and over, in the end all are one unit; never "fixed places"
+        Net(lambda m, x: m.fc(shuffle(shuffle(m.a(x)))), a=conv(3, 8), fc=head(8)),
+        {A: 2},
+        per_unit={A: 4},
+    ),
+    "constant in view": Case(
+        Net(lambda m, x: m.fc(m.a(x).mean((2, 3)).view(-1, 6)), a=conv(3, 6), fc=nn.Linear(6, 4)),
+        {},
+        {"a": r"'view' \(view\) cuts", "fc": OUTPUT},
+        head=False,
+    ),
+    "view to another tensor's width": Case(
+        Net(
+            lambda m, x: (
+                lambda y, z: m.fc(y.mean((2, 3)).view(y.size(0), z.size(1))) + m.fc2(z.mean((2, 3)))
+            )(m.a(x), m.b(x)),
+            a=conv(3, 6),
+            b=conv(3, 6),
+            fc=nn.Linear(6, 4),
+            fc2=nn.Linear(6, 4),
+        ),
+        {("b",): 6},
+        {"a": "cuts the channels", "fc": OUTPUT, "fc2": OUTPUT},
+        head=False,
+    ),
+    "pixel shuffle": Case(
+        nn.Sequential(conv(3, 8), nn.PixelShuffle(2), cbr(2, 5), head(5)),
+        {("2.0",): 5},
+        {"0": "the operation 'pixelshuffle' .* is not understood", "3.2": OUTPUT},
+        head=False,
+    ),
+    "wrapped function": Case(
+        Net(lambda m, x: m.fc(unknown_function(m.a(x))), a=conv(3, 6), fc=head(6)),
+        {},
+        {"a": "the operation 'test_groups.unknown_function' .* is not understood"},
+    ),
+    "sigmoid before a convolution": Case(
+        Net(lambda m, x: m.fc(m.b(m.a(x).sigmoid())), a=conv(3, 6), b=conv(6, 5), fc=head(5)),
+        {("b",): 5},
+        {"a": f"{NOT_ZERO} 'b'"},
+    ),
+    "sigmoid in place, its operand read": Case(
+        Net(twice_in_place, a=conv(3, 6), b=conv(6, 5), fc=head(5)),
+        {("b",): 5},
+        {"a": f"{NOT_ZERO} 'b'"},
+    ),
+    "constant added": Case(
+        Net(lambda m, x: m.fc(m.a(x).add(other=1.0)), a=conv(3, 6), fc=head(6)),
+        {},
+        {"a": f"{NOT_ZERO} 'fc.2'"},
+    ),
+    "clamp at 0": Case(
+        Net(lambda m, x: m.fc(m.a(x).clamp(min=0)), a=conv(3, 6), fc=head(6)), {A: 6}
+    ),
+    "clamp above 0": Case(
+        Net(lambda m, x: m.fc(m.a(x).clamp(min=0.5)), a=conv(3, 6), fc=head(6)), {}, {"a": NOT_ZERO}
+    ),
+    "clamp_max below 0": Case(
+        Net(lambda m, x: m.fc(m.a(x).clamp_max(-1)), a=conv(3, 6), fc=head(6)), {}, {"a": NOT_ZERO}
+    ),
+    "hardtanh around 0": Case(
+        Net(lambda m, x: m.fc(F.hardtanh(m.a(x), -1, 1)), a=conv(3, 6), fc=head(6)), {A: 6}
+    ),
+    "hardtanh above 0": Case(
+        Net(lambda m, x: m.fc(m.act(m.a(x))), a=conv(3, 6), act=nn.Hardtanh(0.5, 1), fc=head(6)),
+        {},
+        {"a": NOT_ZERO},
+    ),
+    "transposed convolution": Case(
+        nn.Sequential(conv(3, 6), nn.ConvTranspose2d(6, 4, 3), cbr(4, 5), head(5)),
+        {("2.0",): 5},
+        {"0": "'convtranspose2d' .* is not understood", "3.2": OUTPUT},
+        head=False,
+    ),
+    "group norm": Case(
+        nn.Sequential(conv(3, 6), nn.GroupNorm(2, 6), head(6)),
+        {},
+        {"0": "'groupnorm' .* is not understood", "2.2": OUTPUT},
+        head=False,
+    ),
+    "mean over channels": Case(
+        Net(lambda m, x: m.fc(m.a(x) * m.a(x).mean(1, keepdim=True)), a=conv(3, 6), fc=head(6)),
+        {},
+        {"a": "reduces over channels"},
+    ),
+    "max pool without a batch": Case(
+        Net(
+            lambda m, x: m.fc(F.max_pool2d(m.a(x), 3, 1, 1).mean(2)),
+            a=nn.Conv1d(3, 6, 3),
+            fc=nn.Linear(6, 4),
+        ),
+        {},
+        {"a": "'max_pool2d' .* is not understood", "fc": OUTPUT},
+        ((1, 3, 12),),
+        head=False,
+    ),
+    "keyword input": Case(
+        Net(
+            lambda m, x: m.fc(m.n(input=m.a(input=x))),
+            a=conv(3, 6),
+            n=nn.BatchNorm2d(6),
+            fc=head(6),
+        ),
+        {A: 6},
+    ),
+    "1d": Case(
+        nn.Sequential(
+            nn.Conv1d(3, 6, 3),
+            nn.BatchNorm1d(6),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+            nn.Linear(6, 4),
+        ),
+        {("0",): 6},
+        {"5": OUTPUT},
+        ((1, 3, 12),),
+        head=False,
+    ),
+    "3d": Case(
+        nn.Sequential(
+            nn.Conv3d(3, 6, 3),
+            nn.BatchNorm3d(6),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool3d(1),
+            nn.Flatten(),
+            nn.Linear(6, 4),
+        ),
+        {("0",): 6},
+        {"5": OUTPUT},
+        ((1, 3, 4, 4, 4),),
+        head=False,
+    ),
+    "linear layers only": Case(
+        nn.Sequential(
+            nn.Linear(7, 6),
+            nn.ReLU(),
+            nn.Linear(6, 5),
+            nn.BatchNorm1d(5),
+            nn.ReLU(),
+            nn.Linear(5, 4),
+        ),
+        {("0",): 6, ("2",): 5},
+        {"5": OUTPUT},
+        ((1, 7),),
+        head=False,
+    ),
+    "two inputs": Case(
+        Net2(lambda m, x, y: m.fc(m.a(x) + m.b(y)), a=conv(3, 6), b=conv(2, 6), fc=head(6)),
+        {AB: 6},
+        inputs=((1, 3, 6, 6), (1, 2, 6, 6)),
+        residual=(AB,),
+    ),
+    "dict of outputs": Case(
+        Net(lambda m, x: {"logits": m.fc(m.a(x)), "features": m.b(x)}, **two), {A: 6}, {"b": OUTPUT}
+    ),
+    "layer that is never called": Case(
+        Net(lambda m, x: m.fc(m.a(x)), a=conv(3, 6), unused=conv(3, 9), fc=head(6)), {A: 6}
+    ),
+    "attention": Case(
+        Net(
+            lambda m, x: m.fc(m.att(*[m.a(x).flatten(2).transpose(1, 2)] * 3)[0].mean(1)),
+            a=conv(3, 6),
+            att=nn.MultiheadAttention(6, 2, batch_first=True),
+            fc=nn.Linear(6, 4),
+        ),
+        {},
+        {"a": "'multiheadattention' .* is not understood", "fc": OUTPUT},
+        head=False,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def analysed(request):
+    case = CASES[request.param]
+    inputs = tuple(torch.zeros(shape) for shape in case.inputs)
+    return case, inputs, analyse(case.model, inputs if len(inputs) > 1 else inputs[0])
+
+
+def test_groups_partition_is_as_expected(analysed):
+    case, _, groups = analysed
+    assert {g.producers: g.size for g in groups.groups} == case.groups
+    assert {g.producers for g in groups.groups if g.residual} == set(case.residual)
+    per_unit = {g.producers: g.channels_per_unit for g in groups.groups}
+    assert per_unit == dict.fromkeys(case.groups, 1) | case.per_unit
+
+
+def test_groups_fixed_layers_have_their_reasons(analysed):
+    case, _, groups = analysed
+    expected = case.fixed | ({"fc.2": OUTPUT} if case.head else {})
+    found = dict(groups.fixed)
+    assert found.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert re.search(reason, found[name]), f"{name}: {found[name]}"
+
+
+def test_groups_hold_each_channel_axis_once(analysed):
+    """Every producer is in one group or held whole; units are numbered through; a unit has one group."""
+    _, _, groups = analysed
+    producers = [name for g in groups.groups for name in g.producers] + [
+        name for name, _ in groups.fixed
+    ]
+    modules = {la.name for la in groups.layers if la.kind != "bn" and not la.depthwise}
+    assert len(producers) == len(set(producers))
+    assert set(producers) == modules
+    start = 0
+    for group in groups.groups:
+        assert group.start == start
+        start += group.size
+    assert groups.num_units == start
+    span = {name: (g.start, g.start + g.size) for g in groups.groups for name in g.producers}
+    for layer in groups.layers:
+        if layer.name in span:
+            low, high = span[layer.name]
+            assert ((layer.out_units >= low) & (layer.out_units < high)).all()
+        elif layer.name in modules:
+            assert (layer.out_units == FIXED).all()
+
+
+def test_groups_cost_equals_count(analysed):
+    case, inputs, groups = analysed
+    cost = pfs.count(case.model, inputs)
+    assert CostModel(groups).base == (cost.macs, cost.params)
+
+
+TORCHVISION = {
+    "googlenet": lambda: torchvision.models.googlenet(init_weights=False),
+    "shufflenet": torchvision.models.shufflenet_v2_x0_5,
+    "mnasnet": torchvision.models.mnasnet0_5,
+    "squeezenet": torchvision.models.squeezenet1_1,
+    "vision transformer": lambda: torchvision.models.VisionTransformer(
+        64, 16, 1, 2, 8, 16, num_classes=5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_groups_cost_equals_count_on_torchvision(name):
+    model, example = TORCHVISION[name](), torch.zeros(1, 3, 64, 64)
+    cost = pfs.count(model, example)
+    assert CostModel(analyse(model, example)).base == (cost.macs, cost.params)
+
+
+def test_groups_followers_and_consumers_are_named():
+    groups = analyse(CASES["depthwise"].model, torch.zeros(1, 3, 6, 6))
+    first = groups.groups[0]
+    assert first.followers == ("0.1", "1.0", "1.1")
+    assert first.consumers == ("2.0",)
+
+
+def test_groups_all_of_shufflenet_is_prunable():
+    groups = analyse(torchvision.models.shufflenet_v2_x0_5(), torch.zeros(1, 3, 64, 64))
+    assert groups.fixed == (("fc", OUTPUT),)
+
+
+def test_restrict_renumbers_units_and_says_why():
+    groups = analyse(CASES["grouped"].model, torch.zeros(1, 3, 6, 6))
+    kept = groups.restrict(["2", "4"], "not wanted")
+    assert [(g.name, g.start, g.size) for g in kept.groups] == [("2", 0, 3), ("4", 3, 5)]
+    assert ("0", "not wanted") in kept.fixed
+    layers = {la.name: la for la in kept.layers}
+    assert (layers["0"].out_units == FIXED).all()
+    assert (layers["2"].in_units == FIXED).all()
+    np.testing.assert_array_equal(layers["2"].out_units, np.tile(np.arange(3), 4))
+    np.testing.assert_array_equal(layers["4"].in_units, np.tile(np.arange(3), 4))
+    assert CostModel(kept).base == CostModel(groups).base
+
+
+def test_restrict_refuses_unknown_names():
+    groups = analyse(CASES["grouped"].model, torch.zeros(1, 3, 6, 6))
+    with pytest.raises(KeyError, match="no such groups"):
+        groups.restrict(["nowhere"], "reason")
