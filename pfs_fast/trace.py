@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,11 +38,13 @@ class TracedModel:
             for a batch of two.
         eval: Graph in eval mode; the same object as ``train`` where both are equal.
         macs: MACs of the eval forward of one image, all operations that ``torch.utils.flop_counter`` knows.
+        params: Parameters of the model, each counted once, also of modules that the forward never calls.
     """
 
     train: fx.GraphModule
     eval: fx.GraphModule
     macs: int
+    params: int
 
     @property
     def graphs(self) -> tuple[fx.GraphModule, ...]:
@@ -81,12 +84,12 @@ def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ..
             several inputs.
 
     Raises:
-        ModelError: The model is wrapped, or its parameters lie on several devices.
+        ModelError: The model is wrapped, cannot be copied, or its parameters lie on several devices.
         TraceError: The forward depends on data, or does not take such an input; the message names the place.
     """
     _check_model(model)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    replica = copy.deepcopy(model)
+    replica = _copied(model)
     graphs = []
     for training in (True, False):
         replica.train(training)
@@ -97,7 +100,7 @@ def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ..
     if train is not eval_:
         _infer_values(train.train(), inputs)
     macs = _infer_values(eval_.eval(), inputs)
-    return TracedModel(train, eval_, macs)
+    return TracedModel(train, eval_, macs, sum(p.numel() for p in model.parameters()))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -113,6 +116,17 @@ def _check_model(model: nn.Module) -> None:
         raise ModelError(
             "trace: model must hold values, got tensors on the meta device; use model.to_empty() and initialise it"
         )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the model's attributes raise
+        raise ModelError(
+            f"trace: model must be one that copy.deepcopy copies, got {type(error).__name__}: {error}; use "
+            "torch.nn.utils.parametrizations instead of weight_norm or spectral_norm, and keep no activations, locks or "
+            "open files on the model"
+        ) from error
 
 
 def _trace_mode(model: nn.Module) -> fx.GraphModule:
@@ -170,6 +184,16 @@ def _infer_values(graph_module: fx.GraphModule, inputs: tuple[torch.Tensor, ...]
     with mode:
         # Two images: batch norm over 1x1 maps needs more than one value a channel.
         fakes = [torch.empty((2, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            _ValueRecorder(graph_module).run(*fakes)
+        # The fused attention of nn.MultiheadAttention is one operation that the counter does not know.
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with (
+                FlopCounterMode(display=False) as counter,
+                sdpa_kernel(SDPBackend.MATH),
+                torch.no_grad(),
+            ):
+                _ValueRecorder(graph_module).run(*fakes)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
     return counter.get_total_flops() // 4  # two operations a MAC, two images
