@@ -59,8 +59,11 @@ def channel_graph(model: nn.Module, example_input: torch.Tensor | tuple[torch.Te
         _layer(name, modules[name], use, unit_of_label) for name, use in constraints.layers.items()
     )
     layer_macs = sum(la.macs_per_pair * len(la.out_units) * len(la.in_units) // la.conv_groups for la in layers)
-    layer_params = {id(p) for name in constraints.layers for p in modules[name].parameters(recurse=False)}
-    other_params = sum(p.numel() for p in traced.train.parameters() if id(p) not in layer_params)
+    # The remainder, below 0 where layers share a weight: whatever is counted twice or computed is held whole.
+    other_params = traced.params - sum(
+        la.params_per_pair * len(la.out_units) * len(la.in_units) // la.conv_groups + la.params_per_out * len(la.out_units)
+        for la in layers
+    )
     return ChannelGraph(
         traced,
         ChannelGroups(groups, layers, fixed, traced.macs - layer_macs, other_params),
