@@ -59,6 +59,8 @@ inline Grid make_grid(const Shape& shape, int vector_size) {
   // ... and more only where each thread then still has work that pays for the block's start.
   constexpr int64_t kManyBlocks = 1056, kManyPieces = 16;
   constexpr int64_t kMaxGridY = 65535;
+  // Keeps the number of pieces of a thread within an int.
+  constexpr int64_t kMaxChunk = int64_t{1} << 30;
 
   Grid grid{};
   grid.shape = shape;
@@ -79,7 +81,7 @@ inline Grid make_grid(const Shape& shape, int vector_size) {
   const int64_t turns = (grid.pieces + grid.height - 1) / grid.height;
   const int64_t wanted = std::max(std::min(turns / kManyPieces, kManyBlocks / grid.tiles),
                                   std::min(turns / kFillPieces, kFillBlocks / grid.tiles));
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, kMaxGridY);
+  const int64_t splits = std::clamp<int64_t>(std::max(wanted, grid.pieces / kMaxChunk), 1, kMaxGridY);
   // Whole turns per block; the number of blocks follows, so that none is empty.
   const int64_t chunk_turns = (turns + splits - 1) / splits;
   grid.chunk = chunk_turns * grid.height;
@@ -105,7 +107,7 @@ class Cursor {
     is_first_row_ = ty == 0;
     channel_ = column * kChannels;
     const bool works = owns_column_ && ty < grid.height && first < end;
-    count_ = works ? static_cast<int>((end - first + grid.height - 1) / grid.height) : 0;
+    count_ = works ? (static_cast<int>(end - first) + grid.height - 1) / grid.height : 0;
     const int64_t channels = grid.shape.channels;
     if constexpr (kLayout == Layout::kRows) {
       offset_ = first * channels + channel_;

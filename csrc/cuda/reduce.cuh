@@ -47,7 +47,7 @@ struct Moments {
   C10_HOST_DEVICE void merge(const Moments& other) {
     if (other.count == acc(0)) return;
     const acc total = count + other.count;
-    const acc share = other.count / total;
+    const acc share = quick_divide(other.count, total);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const acc delta = other.values[0][k] - values[0][k];
