@@ -96,7 +96,7 @@ def test_solution_keeps_the_largest_gates():
 
 def test_rank_breaks_ties_of_dead_gates_by_death_then_index():
     gates = np.array([0.0, 0.5, 0.0, 0.5, 0.0, 0.0, 1e-30])
-    died_at = np.array([10, -1, 30, 7, 10, -1, -1])  # the 7 belongs to a gate that came back
+    died_at = np.array([10, 7, 30, -1, 10, -1, -1])  # the 7 belongs to a gate that came back
     assert rank(chain(7), gates, died_at).tolist() == [1, 3, 6, 5, 2, 0, 4]
 
 
