@@ -1,4 +1,4 @@
-"""Slimming by the found groups is exact on torchvision's networks: masked = slim, and predicted = counted costs."""
+"""Slimming by the found groups is exact on whole networks: masked = slim, and predicted = counted costs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
+from pfs_fast import models
 from pfs_fast.analysis import analyse
 from pfs_fast.budget import Budget
 from pfs_fast.cost import CostModel
@@ -19,7 +20,7 @@ from pfs_fast.solver import solve
 from pfs_fast.structure import Structure
 from pfs_fast.verify import verify
 
-# Input sizes are the smallest that each network takes; two of them have auxiliary heads that need more.
+# Input sizes are about the smallest that each network takes.
 NETWORKS = {
     "alexnet": (64, {}),
     "densenet121": (32, {}),
@@ -40,6 +41,17 @@ NETWORKS = {
 }
 
 
+PAPER = {
+    "vgg16": 32,
+    "vgg19": 32,
+    "resnet20": 16,
+    "resnet56": 16,
+    "resnet50": 32,
+    "mobilenet_v1": 32,
+    "mobilenet_v2": 32,
+}
+
+
 def build(name: str) -> nn.Module:
     model = getattr(torchvision.models, name)(num_classes=10, **NETWORKS[name][1])
     if name == "vgg16_bn":  # its 120 million linear weights would only cost time
@@ -48,9 +60,34 @@ def build(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_random_structure_is_exact(name):
-    size = NETWORKS[name][0]
-    model = build(name)
+def test_random_structure_of_torchvision_is_exact(name):
+    check_random_structure(build(name), NETWORKS[name][0])
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_random_structure_of_the_paper_is_exact(name):
+    check_random_structure(getattr(models, name)(expansion=1.25), PAPER[name])
+
+
+def test_auxiliary_heads_of_train_mode_are_slimmed_along():
+    model = torchvision.models.googlenet(num_classes=10, init_weights=False)
+    for head in (model.aux1, model.aux2):  # their million linear weights would only cost time
+        head.fc1, head.fc2 = nn.Linear(2048, 16), nn.Linear(16, 10)
+    narrow = check_random_structure(model, 32)
+    outputs = narrow.train()(torch.randn(2, 3, 32, 32))
+    assert [tuple(output.shape) for output in outputs] == [(2, 10)] * 3
+
+
+def test_fresh_vgg_is_drawn_by_its_own_rule():
+    narrow = check_random_structure(models.vgg16(), 32)
+    assert all((m.weight == 0.5).all() for m in narrow.modules() if isinstance(m, nn.BatchNorm2d))
+    for conv in (narrow.features[8].conv, narrow.features[15].conv):
+        expected = (2 / (9 * conv.out_channels)) ** 0.5
+        assert abs(conv.weight.std().item() / expected - 1) < 0.02
+
+
+def check_random_structure(model: nn.Module, size: int) -> nn.Module:
+    """Cut a model to half of its MACs by random gates, assert that the cut is exact, and return it with fresh weights."""
     x = torch.zeros(2, 3, size, size)
     groups = analyse(model, x)
     cost_model = CostModel(groups)
@@ -69,3 +106,4 @@ def test_random_structure_is_exact(name):
     assert (cost.macs, cost.params) == (structure.macs, structure.params)
     assert 0.4 * structure.base_macs < structure.macs <= 0.5 * structure.base_macs
     assert (structure.base_macs, structure.base_params) == cost_model.base
+    return narrow
