@@ -59,7 +59,7 @@ def slim(
             )
         from .verify import verify as prove
 
-        prove(model, structure, example_input)
+        prove(model, None, structure, example_input)
     narrow = copy.deepcopy(model)
     narrow_layers("slim", narrow, _plan(narrow, structure))
     if weights == "fresh":

@@ -54,9 +54,9 @@ class VerifyReport:
 
 def verify(
     model: nn.Module,
+    slim_model: nn.Module | None,
     structure: Structure,
-    example_input: torch.Tensor | tuple[Any, ...],
-    slim_model: nn.Module | None = None,
+    example_input: torch.Tensor | tuple[Any, ...] | None = None,
     *,
     trials: int = 2,
     rtol: float = 1e-9,
@@ -72,11 +72,12 @@ def verify(
 
     Args:
         model: The whole network; never modified.
+        slim_model: A slim network with weights inherited from ``model`` to check (its batch norms are overwritten in a
+            copy); None: one is made by ``slim``.
         structure: Kept channels of the model.
         example_input: A batch of inputs, or a tuple of positional arguments. Float tensors give only their shape; take
-            several images where feature maps are tiny, so that every channel is above 0 somewhere.
-        slim_model: A slim network with weights inherited from ``model`` to check (its batch norms are overwritten in a
-            copy). Default: one is made by ``slim``.
+            several images where feature maps are tiny, so that every channel is above 0 somewhere. Default: eight images
+            of the shape that the slim network of a search carries (``pfs_input_shape``).
         trials: Number of random inputs and batch-norm states.
         rtol: Largest error allowed, relative to the largest value of a layer's output.
         seed: Seed of the inputs and the batch-norm states; the global random state is left alone.
@@ -90,6 +91,7 @@ def verify(
         ModelError: For a wrapped or compiled model, or an input that the model rejects.
     """
     require_plain("verify", model)
+    example_input = _example(example_input, slim_model, model)
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise ConfigError(f"verify: trials must be a whole number of at least 1, got {trials!r}")
     devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
@@ -121,6 +123,19 @@ def verify(
             f"verify: slim network must equal the masked network, got: {report}; the structure or the cut is wrong"
         )
     return report
+
+
+def _example(
+    example_input: torch.Tensor | tuple[Any, ...] | None, *networks: nn.Module | None
+) -> torch.Tensor | tuple[Any, ...]:
+    if example_input is not None:
+        return example_input
+    shape = next((s for s in (getattr(n, "pfs_input_shape", None) for n in networks) if s), None)
+    if shape is None:
+        raise ConfigError(
+            "verify: example_input must be given for a network that no search made, got None; pass a batch of images"
+        )
+    return torch.zeros(8, *shape)
 
 
 def _random_inputs(

@@ -96,7 +96,7 @@ def check_random_structure(model: nn.Module, size: int) -> nn.Module:
     keep = solve(groups, gates, np.full(groups.num_units, -1), limits, cost_model)
     structure = Structure.from_keep(groups, keep, cost_model)
 
-    report = verify(model, structure, x, trials=1)
+    report = verify(model, None, structure, x, trials=1)
     assert report.max_error < 1e-9
 
     with warnings.catch_warnings():

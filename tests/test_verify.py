@@ -16,7 +16,7 @@ X = torch.zeros(8, 3, 2, 2)  # several images, so that no channel is 0 after ReL
 
 
 def test_correct_structure_passes_with_a_report():
-    report = verify(Net(), NET, X)
+    report = verify(Net(), None, NET, X)
     assert report.passed and report.max_error < 1e-12 and report.layer is None
     assert (report.layers_compared, report.trials, report.rtol) == (5, 2, 1e-9)
     assert "masked and slim networks are equal" in str(report)
@@ -39,19 +39,19 @@ def test_correct_structure_passes_with_a_report():
 )
 def test_wrong_structure_fails_and_names_the_first_layer(s, layer):
     with pytest.raises(StructureError, match=f"NOT equal: .* first differing layer {layer} "):
-        verify(Net(), s, X)
-    report = verify(Net(), s, X, raise_on_fail=False)
+        verify(Net(), None, s, X)
+    report = verify(Net(), None, s, X, raise_on_fail=False)
     assert not report.passed and report.layer == layer and report.layer_error > 1e-3
 
 
 def test_cut_that_does_not_run_fails():
     with pytest.raises(StructureError, match="verify: the slim network must run, got RuntimeError"):
-        verify(Net(), broken(layers={"conv": CONV[:3]}), X)
+        verify(Net(), None, broken(layers={"conv": CONV[:3]}), X)
 
 
 def test_slim_model_with_inherited_weights_passes():
     model = Net()
-    assert verify(model, NET, X, slim(model, NET, "inherit")).passed
+    assert verify(model, None, slim(model, NET, "inherit"), NET, X).passed
 
 
 @pytest.mark.parametrize("layer", ["conv", "depthwise", "fc"])
@@ -60,7 +60,7 @@ def test_slim_model_with_a_wrong_weight_fails(layer):
     narrow = slim(model, NET, "inherit")
     weight = narrow.get_submodule(layer).weight
     weight.data[1].add_(1e-6)
-    report = verify(model, NET, X, narrow, raise_on_fail=False)
+    report = verify(model, narrow, NET, X, raise_on_fail=False)
     assert not report.passed and report.layer == layer
 
 
@@ -71,7 +71,7 @@ def test_slim_model_of_another_structure_fails():
         StructureError,
         match="layer bn must keep 4 channels in slim_model, got 8; pass the slim network of",
     ):
-        verify(model, NET, X, other)
+        verify(model, other, NET, X)
 
 
 def test_verify_leaves_models_and_random_state_alone():
@@ -79,7 +79,7 @@ def test_verify_leaves_models_and_random_state_alone():
     narrow = slim(model, NET, "inherit")
     before = [copy.deepcopy(net.state_dict()) for net in (model, narrow)]
     state = torch.get_rng_state()
-    verify(model, NET, X, narrow)
+    verify(model, narrow, NET, X)
     for net, old in zip((model, narrow), before, strict=True):
         assert all(torch.equal(old[key], value) for key, value in net.state_dict().items())
         assert net.training and not any(
@@ -98,7 +98,7 @@ def test_dropped_channels_that_are_not_zero_are_found():
         {"grouped": CONV},
         {"conv": (3, 8), "bn": (8, 8), "grouped": (8, 12)},
     )
-    assert verify(Sigmoid(), s, X, raise_on_fail=False).layer == "grouped"
+    assert verify(Sigmoid(), None, s, X, raise_on_fail=False).layer == "grouped"
 
 
 def test_in_place_activations_and_nested_outputs_are_compared():
@@ -118,7 +118,7 @@ def test_in_place_activations_and_nested_outputs_are_compared():
     s = structure(
         {"conv": CONV, "bn": CONV}, {"head": CONV}, {"conv": (3, 8), "bn": (8, 8), "head": (8, 2)}
     )
-    report = verify(Nested(), s, (X, 2), raise_on_fail=False)
+    report = verify(Nested(), None, s, (X, 2), raise_on_fail=False)
     assert report.layer is None and not report.passed  # the mean over channels is what differs
     assert report.max_error > 1e-3
 
@@ -128,7 +128,7 @@ def test_random_forwards_draw_the_same_numbers():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + torch.randn(x.size(0), 1, dtype=x.dtype)
 
-    assert verify(Noisy(), NET, X).passed
+    assert verify(Noisy(), None, NET, X).passed
 
 
 def test_proof_with_zero_outputs_is_refused():
@@ -140,7 +140,7 @@ def test_proof_with_zero_outputs_is_refused():
         StructureError,
         match=r"must be finite and not all 0, got a largest value of 0.0; nothing can be",
     ):
-        verify(Zero(), NET, X)
+        verify(Zero(), None, NET, X)
 
 
 def test_deep_networks_stay_in_range():
@@ -151,7 +151,7 @@ def test_deep_networks_stay_in_range():
             module.weight.data.mul_(1e8)
     kept = (0, 2)
     s = structure({"0": kept, "1": kept}, {"2": kept}, {"0": (4, 4), "1": (4, 4), "2": (4, 4)})
-    assert verify(model, s, torch.zeros(3, 4, 2, 2)).passed
+    assert verify(model, None, s, torch.zeros(3, 4, 2, 2)).passed
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,19 @@ def test_deep_networks_stay_in_range():
 )
 def test_verify_names_bad_arguments(model, example_input, options, error, text):
     with pytest.raises(error, match=text):
-        verify(model, NET, example_input, **options)
+        verify(model, None, NET, example_input, **options)
 
 
 def test_structure_of_another_model_is_named_by_layer():
     s = dataclasses.replace(NET, widths={**NET.widths, "conv": (3, 9)})
     with pytest.raises(StructureError, match=r"layer conv must have \(in, out\) = \(3, 9\)"):
-        verify(Net(), s, X)
+        verify(Net(), None, s, X)
+
+
+def test_network_of_a_search_needs_no_example_input() -> None:
+    model = Net()
+    narrow = slim(model, NET, "inherit")
+    with pytest.raises(ConfigError, match="example_input must be given"):
+        verify(model, narrow, NET)
+    narrow.pfs_input_shape = tuple(X.shape[1:])
+    assert verify(model, narrow, NET).passed
