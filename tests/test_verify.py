@@ -51,7 +51,7 @@ def test_cut_that_does_not_run_fails():
 
 def test_slim_model_with_inherited_weights_passes():
     model = Net()
-    assert verify(model, None, slim(model, NET, "inherit"), NET, X).passed
+    assert verify(model, slim(model, NET, "inherit"), NET, X).passed
 
 
 @pytest.mark.parametrize("layer", ["conv", "depthwise", "fc"])
