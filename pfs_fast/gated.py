@@ -115,9 +115,11 @@ class FrozenConv(nn.Module):
         super().__init__()
         self.conv, self._ops = conv, ops
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
         c = self.conv
-        return self._ops.frozen_conv(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+        return self._ops.frozen_conv(
+            input, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups
+        )
 
 
 class GatedOutput(nn.Module):
@@ -127,8 +129,8 @@ class GatedOutput(nn.Module):
         super().__init__()
         self.layer, self._name, self._bank, self._channel_dim = layer, name, bank, channel_dim
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x)
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
+        y = self.layer(input)
         shape = [1] * y.dim()
         shape[self._channel_dim] = -1
         return y * self._bank.vector(self._name).to(y.dtype).view(shape)
@@ -140,6 +142,7 @@ class _Builder:
     def __init__(self, root: nn.Module, bank: GateBank, ops: ModuleType, track: bool) -> None:
         self._modules: dict[str, Any] = dict(root.named_modules(remove_duplicate=False))
         self._bank, self._ops, self._track = bank, ops, track
+        self._targets: dict[tuple[str, str], str] = {}
 
     def rewrite(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         graph = graph_module.graph
@@ -164,9 +167,13 @@ class _Builder:
 
     def _add(self, kind: str, name: str, module: nn.Module) -> str:
         """A qualified name of its own for a new module; the same place in the other graph shares it."""
-        target = f"_{kind}.{name.replace('.', '_')}"
-        self._modules.setdefault(target, module)
-        return target
+        if (kind, name) not in self._targets:
+            target = f"_{kind}.{name.replace('.', '_')}"
+            while target in self._modules:  # "a.b" and "a_b" are two places
+                target += "_"
+            self._targets[kind, name] = target
+            self._modules[target] = module
+        return self._targets[kind, name]
 
     def _freeze(self, node: fx.Node, module: nn.Module) -> None:
         name = node.target
@@ -185,7 +192,7 @@ class _Builder:
     def _fuse_norm(self, graph: fx.Graph, node: fx.Node, bn: _BatchNorm) -> None:
         chain, residual, act = [node], None, "identity"
         user = _only_user(node)
-        if user is not None and self._is_sum(user):
+        if user is not None and self._is_sum(user) and not _overwritten_is_read(user, node):
             other = next(a for a in user.args if a is not node)
             chain, residual, user = [*chain, user], other, _only_user(user)
         if user is not None and self._activation(user):
@@ -226,6 +233,14 @@ class _Builder:
             and values[0].shape == values[1].shape
             and values[0].dtype == values[1].dtype
         )
+
+
+def _overwritten_is_read(total: fx.Node, norm: fx.Node) -> bool:
+    """Whether a sum in place (``y += bn(x)``) changes an operand that a later node reads under its old name."""
+    target = total.args[0]
+    if target is norm or not rules.writes_in_place(total, None):
+        return False
+    return any(reader > total for reader in target.users if reader is not total)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
