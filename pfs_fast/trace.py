@@ -181,6 +181,8 @@ class _ValueRecorder(fx.Interpreter):
 def _infer_values(graph_module: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> int:
     """Store the (fake) value of every node; returns the MACs of one image."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Fake tensors carry small integers as values: a batch norm would count this run in its real buffer.
+    counters = [(b, b.clone()) for b in graph_module.buffers() if not b.is_floating_point()]
     with mode:
         # Two images: batch norm over 1x1 maps needs more than one value a channel.
         fakes = [torch.empty((2, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs]
@@ -196,4 +198,6 @@ def _infer_values(graph_module: fx.GraphModule, inputs: tuple[torch.Tensor, ...]
                 _ValueRecorder(graph_module).run(*fakes)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
+    for buffer, value in counters:
+        buffer.copy_(value)
     return counter.get_total_flops() // 4  # two operations a MAC, two images
