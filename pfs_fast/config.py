@@ -65,7 +65,6 @@ class SearchConfig:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
         for name, low in (("epochs", 1), ("max_steps", 1), ("log_every", 1), ("seed", 0)):
             _integer(name, getattr(self, name), low, optional=name == "max_steps")
         _number("lr", self.lr, above=0)
@@ -74,12 +73,18 @@ class SearchConfig:
         _number("gate_init", self.gate_init, above=0, most=1)
         if self.target is not None:
             _number("target", self.target, above=0, most=1)
-        if len(self.betas) != 2:
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
             raise ConfigError(
                 f"SearchConfig: betas must be two numbers, got {self.betas!r}; Adam's default is (0.9, 0.999)"
             )
         for beta in self.betas:
             _number("betas", beta, least=0, below=1)
+        object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list back
+        for name in ("compact", "channels_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    f"SearchConfig: {name} must be True or False, got {getattr(self, name)!r}"
+                )
         _choice("scope", self.scope, ("paper", "all"))
         _choice("precision", self.precision, ("auto", *PRECISIONS))
         _choice("backend", self.backend, ("auto", "fused", "reference"))
