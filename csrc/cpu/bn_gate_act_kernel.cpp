@@ -1,4 +1,5 @@
-// bn_gate_act on the CPU: checks, allocation, threads. The arithmetic is in bn_gate_act_kernel_impl.h.
+// bn_gate_act on the CPU: checks, allocation, threads. The arithmetic is in
+// bn_gate_act_kernel_impl.h.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -38,7 +39,8 @@ Channels read_channels(const OptionalTensor& values, int64_t num_channels, doubl
   if (!values.has_value() || !values->defined()) return out;
   const at::Tensor dense = values->contiguous();
   for (int64_t c = 0; c < num_channels; ++c) {
-    out[c] = dense.scalar_type() == at::kDouble ? dense.const_data_ptr<double>()[c] : dense.const_data_ptr<float>()[c];
+    out[c] = dense.scalar_type() == at::kDouble ? dense.const_data_ptr<double>()[c]
+                                                : dense.const_data_ptr<float>()[c];
   }
   return out;
 }
@@ -59,7 +61,8 @@ at::Tensor write_channels(const Channels& values, const at::TensorOptions& acc) 
 // What the kernels read per channel, in the form they want.
 class Expanded {
  public:
-  Expanded(const DtypeKernels& kernels, const Layout& layout, const Channels& values, const at::TensorOptions& acc)
+  Expanded(const DtypeKernels& kernels, const Layout& layout, const Channels& values,
+           const at::TensorOptions& acc)
       : data_(at::empty({layout.period > 0 ? layout.period : layout.channels}, acc)) {
     kernels.expand(layout, values.data(), data_.mutable_data_ptr());
   }
@@ -73,8 +76,10 @@ struct Affine {
   Channels rstd, scale, shift;
 };
 
-// z = (x - mean) * scale + shift. Forward and backward both start from the rounded mean and var, and so agree on z to the bit.
-Affine make_affine(const Channels& var, const Channels& gate, const Channels& weight, const Channels& bias, double eps) {
+// z = (x - mean) * scale + shift. Forward and backward both start from the rounded mean and var,
+// and so agree on z to the bit.
+Affine make_affine(const Channels& var, const Channels& gate, const Channels& weight,
+                   const Channels& bias, double eps) {
   const size_t num_channels = var.size();
   Affine affine{Channels(num_channels), Channels(num_channels), Channels(num_channels)};
   for (size_t c = 0; c < num_channels; ++c) {
@@ -90,12 +95,12 @@ struct Partials {
 };
 
 template <class Rows, class Planes>
-Partials run_reduction(const Layout& layout, const ReductionPlan& plan, int64_t scratch_periods, const Rows& rows,
-                       const Planes& planes) {
+Partials run_reduction(const Layout& layout, const ReductionPlan& plan, int64_t scratch_units,
+                       const Rows& rows, const Planes& planes) {
   Partials partials{std::vector<double>(plan.num_partials() * layout.channels),
                     std::vector<double>(plan.num_partials() * layout.channels)};
   at::parallel_for(0, plan.num_chunks(), 1, [&](int64_t first, int64_t last) {
-    cpu::Scratch scratch(scratch_periods * layout.period);
+    cpu::Scratch scratch(scratch_units * layout.unit);
     for (int64_t chunk = first; chunk < last; ++chunk) {
       double* out1 = partials.first.data() + plan.partial(chunk) * layout.channels;
       double* out2 = partials.second.data() + plan.partial(chunk) * layout.channels;
@@ -109,8 +114,10 @@ Partials run_reduction(const Layout& layout, const ReductionPlan& plan, int64_t 
   return partials;
 }
 
-// Merges means and squared deviations around the mean of the first partial result (Chan et al. 1979, without its divisions).
-void merge_stats(const Layout& layout, const ReductionPlan& plan, const Partials& partials, Channels& mean, Channels& var) {
+// Merges means and squared deviations around the mean of the first partial result (Chan et al.
+// 1979, without its divisions).
+void merge_stats(const Layout& layout, const ReductionPlan& plan, const Partials& partials,
+                 Channels& mean, Channels& var) {
   const int64_t num_channels = layout.channels;
   const double total = static_cast<double>(layout.numel / num_channels);
   Channels shift(num_channels, 0.0);
@@ -131,14 +138,17 @@ void merge_stats(const Layout& layout, const ReductionPlan& plan, const Partials
   }
 }
 
-void batch_stats(const DtypeKernels& kernels, const Layout& layout, const void* x, Channels& mean, Channels& var) {
+void batch_stats(const DtypeKernels& kernels, const Layout& layout, const void* x, Channels& mean,
+                 Channels& var) {
   const ReductionPlan plan(layout);
   const Partials partials = run_reduction(
       layout, plan, 6,
       [&](int64_t begin, int64_t end, double* m, double* m2, double* scratch) {
         kernels.stats_rows(layout, x, begin, end, m, m2, scratch);
       },
-      [&](const cpu::PlaneRange& range, double* m, double* m2) { kernels.stats_planes(layout, x, range, m, m2); });
+      [&](const cpu::PlaneRange& range, double* m, double* m2) {
+        kernels.stats_planes(layout, x, range, m, m2);
+      });
   merge_stats(layout, plan, partials, mean, var);
 }
 
@@ -156,17 +166,19 @@ SlopeSource slope_source(Act act, bool has_residual) {
 
 at::Tensor make_aux(const at::Tensor& x, AuxKind kind) {
   if (kind == AuxKind::kPreAct) return at::empty_like(x);
-  return at::empty({kind == AuxKind::kBitmask ? (x.numel() + 7) / 8 : 0}, x.options().dtype(at::kByte));
+  return at::empty({kind == AuxKind::kBitmask ? (x.numel() + 7) / 8 : 0},
+                   x.options().dtype(at::kByte));
 }
 
 }  // namespace
 
-BnGateActOutputs bn_gate_act_cpu(const at::Tensor& x_in, const OptionalTensor& gate, const OptionalTensor& weight,
-                                 const OptionalTensor& bias, const OptionalTensor& residual,
-                                 const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-                                 double eps, std::string_view act_name) {
-  const Act act = checks::check_bn_gate_act(x_in, gate, weight, bias, residual, running_mean, running_var, training, eps,
-                                            act_name);
+BnGateActOutputs bn_gate_act_cpu(const at::Tensor& x_in, const OptionalTensor& gate,
+                                 const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& residual, const OptionalTensor& running_mean,
+                                 const OptionalTensor& running_var, bool training, double eps,
+                                 std::string_view act_name) {
+  const Act act = checks::check_bn_gate_act(x_in, gate, weight, bias, residual, running_mean,
+                                            running_var, training, eps, act_name);
   const bool has_residual = checks::is_present(residual);
   const auto format = x_in.suggest_memory_format();
   const at::Tensor x = x_in.contiguous(format);
@@ -189,31 +201,37 @@ BnGateActOutputs bn_gate_act_cpu(const at::Tensor& x_in, const OptionalTensor& g
   if (layout.numel == 0) return {y, mean_out, var_out, aux};
 
   const at::Tensor added = has_residual ? residual->contiguous(format) : at::Tensor();
-  const Affine affine = make_affine(read_channels(var_out, num_channels, 0), read_channels(gate, num_channels, 1),
-                                    read_channels(weight, num_channels, 1), read_channels(bias, num_channels, 0), eps);
+  const Affine affine = make_affine(
+      read_channels(var_out, num_channels, 0), read_channels(gate, num_channels, 1),
+      read_channels(weight, num_channels, 1), read_channels(bias, num_channels, 0), eps);
   const Expanded means(kernels, layout, mean, acc);
   const Expanded scale(kernels, layout, affine.scale, acc);
   const Expanded shift(kernels, layout, affine.shift, acc);
-  const ForwardArgs args{x.const_data_ptr(), has_residual ? added.const_data_ptr() : nullptr,
-                         means.get(),        scale.get(),
-                         shift.get(),        y.mutable_data_ptr(),
+  const ForwardArgs args{x.const_data_ptr(),    has_residual ? added.const_data_ptr() : nullptr,
+                         means.get(),           scale.get(),
+                         shift.get(),           y.mutable_data_ptr(),
                          aux.mutable_data_ptr()};
   const auto kernel = kernels.forward[static_cast<int>(act)][has_residual ? 1 : 0];
-  cpu::for_each_chunk_backwards(layout, [&](int64_t begin, int64_t end) { kernel(layout, args, begin, end); });
+  cpu::for_each_chunk_backwards(
+      layout, [&](int64_t begin, int64_t end) { kernel(layout, args, begin, end); });
   return {y, mean_out, var_out, aux};
 }
 
-BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::Tensor& x_in, const at::Tensor& mean_in,
-                                        const at::Tensor& var_in, const OptionalTensor& gate_in,
-                                        const OptionalTensor& weight_in, const OptionalTensor& bias_in,
-                                        const at::Tensor& aux_in, bool training, double eps, std::string_view act_name,
+BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::Tensor& x_in,
+                                        const at::Tensor& mean_in, const at::Tensor& var_in,
+                                        const OptionalTensor& gate_in,
+                                        const OptionalTensor& weight_in,
+                                        const OptionalTensor& bias_in, const at::Tensor& aux_in,
+                                        bool training, double eps, std::string_view act_name,
                                         bool has_residual, std::array<bool, 5> output_mask) {
-  const Act act = checks::check_bn_gate_act_backward(grad_y_in, x_in, mean_in, var_in, gate_in, weight_in, bias_in, aux_in,
-                                                     act_name, has_residual);
+  const Act act =
+      checks::check_bn_gate_act_backward(grad_y_in, x_in, mean_in, var_in, gate_in, weight_in,
+                                         bias_in, aux_in, act_name, has_residual);
   const auto format = x_in.suggest_memory_format();
   const at::Tensor x = x_in.contiguous(format);
   const at::Tensor grad_y = grad_y_in.contiguous(format);
-  const at::Tensor aux = aux_kind(act, has_residual) == AuxKind::kPreAct ? aux_in.contiguous(format) : aux_in;
+  const at::Tensor aux =
+      aux_kind(act, has_residual) == AuxKind::kPreAct ? aux_in.contiguous(format) : aux_in;
   const at::TensorOptions acc = x.options().dtype(checks::acc_type(x));
   const int64_t num_channels = x.size(1);
   const DtypeKernels& kernels = kernels_for(x.scalar_type());
@@ -226,7 +244,8 @@ BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::T
   const Channels gate = read_channels(gate_in, num_channels, 1);
   const Channels weight = read_channels(weight_in, num_channels, 1);
   const Channels bias = read_channels(bias_in, num_channels, 0);
-  const Affine affine = make_affine(read_channels(var_in, num_channels, 0), gate, weight, bias, eps);
+  const Affine affine =
+      make_affine(read_channels(var_in, num_channels, 0), gate, weight, bias, eps);
 
   Channels sum_g(num_channels, 0.0), sum_gx(num_channels, 0.0);
   if (layout.numel > 0) {
@@ -255,7 +274,9 @@ BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::T
           [&](int64_t begin, int64_t end, double* g, double* gx, double* scratch) {
             reduce_rows(layout, args, begin, end, g, gx, scratch);
           },
-          [&](const cpu::PlaneRange& range, double* g, double* gx) { reduce_planes(layout, args, range, g, gx); });
+          [&](const cpu::PlaneRange& range, double* g, double* gx) {
+            reduce_planes(layout, args, range, g, gx);
+          });
       for (int64_t p = 0; p < plan.num_partials(); ++p) {
         for (int64_t c = 0; c < num_channels; ++c) {
           sum_g[c] += partials.first[p * num_channels + c];
@@ -267,7 +288,8 @@ BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::T
       const double count = static_cast<double>(layout.numel / num_channels);
       Channels centred_factor(num_channels), offset(num_channels);
       for (int64_t c = 0; c < num_channels; ++c) {
-        centred_factor[c] = -affine.scale[c] * affine.rstd[c] * affine.rstd[c] * (sum_gx[c] / count);
+        centred_factor[c] =
+            -affine.scale[c] * affine.rstd[c] * affine.rstd[c] * (sum_gx[c] / count);
         offset[c] = -affine.scale[c] * (sum_g[c] / count);
       }
       const Expanded centred_factors(kernels, layout, centred_factor, acc);
@@ -275,7 +297,8 @@ BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::T
       args.centred_factor = centred_factors.get();
       args.offset = offsets.get();
       const auto kernel = kernels.backward[static_cast<int>(source)];
-      cpu::for_each_chunk_backwards(layout, [&](int64_t begin, int64_t end) { kernel(layout, args, begin, end); });
+      cpu::for_each_chunk_backwards(
+          layout, [&](int64_t begin, int64_t end) { kernel(layout, args, begin, end); });
     }
   }
 
@@ -289,8 +312,8 @@ BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::T
   const auto wanted = [&](bool wants, const Channels& values) {
     return wants ? write_channels(values, acc) : at::empty({0}, acc);
   };
-  return {grad_x, wanted(wants_gate, grad_gate), wanted(wants_weight, grad_weight), wanted(wants_bias, grad_bias),
-          grad_residual};
+  return {grad_x, wanted(wants_gate, grad_gate), wanted(wants_weight, grad_weight),
+          wanted(wants_bias, grad_bias), grad_residual};
 }
 
 }  // namespace pfs

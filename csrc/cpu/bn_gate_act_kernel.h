@@ -1,7 +1,9 @@
-// The raw-pointer kernels behind bn_gate_act on the CPU: one table of functions per instruction set.
+// The raw-pointer kernels behind bn_gate_act on the CPU: one table of functions per instruction
+// set.
 //
-// Plain C++ without ATen: the files that implement the tables are compiled for instruction sets that the processor may lack, so
-// they must not emit any inline function that other files could be linked to.
+// Plain C++ without ATen: the files that implement the tables are compiled for instruction sets
+// that the processor may lack, so they must not emit any inline function that other files could be
+// linked to.
 #pragma once
 
 #include <cstdint>
@@ -29,14 +31,18 @@ constexpr int kNumSlopeSources = 8;
 
 // Value i of a tensor in memory order belongs to channel (i / inner) % channels.
 //
-// Row mode (period > 0): memory is a sequence of rows of `period` values, a multiple of channels * inner and of the tile of the
-// kernels; per-channel parameters are expanded to one value per position of a row, in the lane order of the kernels. It serves
-// channels_last, and contiguous tensors with few values per plane.
-// Plane mode (period = 0): `inner` consecutive values share a channel; per-channel parameters stay [channels].
+// Row mode (period > 0): memory is a sequence of rows of `period` values, a multiple of `unit`,
+// which is a multiple of channels * inner and of the tile of the kernels. Per-channel parameters
+// are expanded to one value per position of a row, in the lane order of the kernels. Elementwise
+// passes go by rows of `period`, reductions by rows of `unit`: the former want long loops, the
+// latter few accumulators. It serves channels_last, and contiguous tensors with few values per
+// plane. Plane mode (period = 0): `inner` consecutive values share a channel; per-channel
+// parameters stay [channels].
 struct Layout {
   int64_t numel;
   int64_t channels;
   int64_t inner;
+  int64_t unit;
   int64_t period;
 };
 
@@ -77,20 +83,25 @@ struct DtypeKernels {
   // values [channels] -> acc, expanded [period] or [channels].
   void (*expand)(const Layout&, const double* values, void* out);
 
-  // Mean and sum of squared deviations per channel over values [begin, end), or over a range of planes.
-  // begin is a multiple of period. scratch: 6 * period doubles. Outputs: [channels] (planes: c0..c1 of it).
-  void (*stats_rows)(const Layout&, const void* x, int64_t begin, int64_t end, double* mean, double* m2, double* scratch);
+  // Mean and sum of squared deviations per channel over values [begin, end), or over a range of
+  // planes. begin is a multiple of period. scratch: 6 * unit doubles. Outputs: [channels] (planes:
+  // c0..c1 of it).
+  void (*stats_rows)(const Layout&, const void* x, int64_t begin, int64_t end, double* mean,
+                     double* m2, double* scratch);
   void (*stats_planes)(const Layout&, const void* x, const PlaneRange&, double* mean, double* m2);
 
   // Values [begin, end): begin is a multiple of period (row mode) or of 64 (plane mode).
-  void (*forward[kNumActs][2])(const Layout&, const ForwardArgs&, int64_t begin, int64_t end);  // [act][has residual]
-  void (*backward[kNumSlopeSources])(const Layout&, const BackwardArgs&, int64_t begin, int64_t end);
+  void (*forward[kNumActs][2])(const Layout&, const ForwardArgs&, int64_t begin,
+                               int64_t end);  // [act][has residual]
+  void (*backward[kNumSlopeSources])(const Layout&, const BackwardArgs&, int64_t begin,
+                                     int64_t end);
 
-  // Sums of g and of g * (x - mean) per channel. scratch: 4 * period doubles.
-  void (*reduce_rows[kNumSlopeSources])(const Layout&, const BackwardArgs&, int64_t begin, int64_t end, double* sum_g,
-                                        double* sum_gx, double* scratch);
-  void (*reduce_planes[kNumSlopeSources])(const Layout&, const BackwardArgs&, const PlaneRange&, double* sum_g,
-                                          double* sum_gx);
+  // Sums of g and of g * (x - mean) per channel. scratch: 4 * unit doubles.
+  void (*reduce_rows[kNumSlopeSources])(const Layout&, const BackwardArgs&, int64_t begin,
+                                        int64_t end, double* sum_g, double* sum_gx,
+                                        double* scratch);
+  void (*reduce_planes[kNumSlopeSources])(const Layout&, const BackwardArgs&, const PlaneRange&,
+                                          double* sum_g, double* sum_gx);
 };
 
 struct Kernels {

@@ -1,4 +1,5 @@
-// bn_gate_act for AVX-512 F, BW, DQ and VL; compiled with the flags that csrc/sources.txt gives this file.
+// bn_gate_act for AVX-512 F, BW, DQ and VL; compiled with the flags that csrc/sources.txt gives
+// this file.
 #include "bn_gate_act_kernel.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)

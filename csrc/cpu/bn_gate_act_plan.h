@@ -1,5 +1,6 @@
-// How a tensor is cut into chunks. The chunks depend on its shape and layout alone, never on the number of threads, and partial
-// sums are merged in their order: results are the same for any number of threads.
+// How a tensor is cut into chunks. The chunks depend on its shape and layout alone, never on the
+// number of threads, and partial sums are merged in their order: results are the same for any
+// number of threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -13,17 +14,19 @@
 
 namespace pfs::cpu {
 
-// Values per chunk: small enough that a few threads share even small layers, large enough to hide what a chunk costs.
+// Values per chunk: small enough that a few threads share even small layers, large enough to hide
+// what a chunk costs.
 constexpr int64_t kChunk = 32 * 1024;
 // Rows shorter than this are merged into one row, so that the loop over a row is worth starting.
 constexpr int64_t kMinPeriod = 256;
-// Contiguous tensors use row mode if their planes are shorter than kShortPlane and a sample fits kMaxShortRow.
+// Contiguous tensors use row mode if their planes are shorter than kShortPlane and a sample fits
+// kMaxShortRow.
 constexpr int64_t kShortPlane = 32;
 constexpr int64_t kMaxShortRow = 16 * 1024;
 
 inline Layout make_layout(const at::Tensor& x, int64_t tile) {
   const int64_t channels = x.size(1);
-  Layout layout{x.numel(), channels, 1, 0};
+  Layout layout{x.numel(), channels, 1, 0, 0};
   if (layout.numel == 0) return layout;
   if (x.is_contiguous() && channels > 1) {
     layout.inner = x.numel() / (x.size(0) * channels);
@@ -31,8 +34,9 @@ inline Layout make_layout(const at::Tensor& x, int64_t tile) {
     if (layout.inner > 1 && !is_short) return layout;
   }
   const int64_t step = std::max<int64_t>(tile, 8);
-  layout.period = channels * layout.inner;
-  while (layout.period % step != 0) layout.period *= 2;
+  layout.unit = channels * layout.inner;
+  while (layout.unit % step != 0 || layout.unit < 2 * tile) layout.unit *= 2;
+  layout.period = layout.unit;
   while (layout.period < kMinPeriod) layout.period *= 2;
   return layout;
 }
@@ -40,7 +44,8 @@ inline Layout make_layout(const at::Tensor& x, int64_t tile) {
 // One scratch buffer of doubles, aligned for vectors.
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(c10::GetCPUAllocator()->allocate(count * sizeof(double))) {}
+  explicit Scratch(int64_t count)
+      : data_(c10::GetCPUAllocator()->allocate(count * sizeof(double))) {}
   double* get() { return static_cast<double*>(data_.get()); }
 
  private:
@@ -67,7 +72,9 @@ class ReductionPlan {
 
   int64_t num_chunks() const { return num_chunks_; }
   // Partial results per channel: chunks of different channels share one.
-  int64_t num_partials() const { return layout_.period > 0 ? num_chunks_ : num_chunks_ / num_channel_blocks_; }
+  int64_t num_partials() const {
+    return layout_.period > 0 ? num_chunks_ : num_chunks_ / num_channel_blocks_;
+  }
 
   int64_t begin(int64_t chunk) const { return chunk * rows_; }
   int64_t end(int64_t chunk) const { return std::min((chunk + 1) * rows_, layout_.numel); }
@@ -88,7 +95,8 @@ class ReductionPlan {
   // Values per channel in partial result `partial`.
   int64_t count(int64_t partial) const {
     if (layout_.period > 0) return (end(partial) - begin(partial)) / layout_.channels;
-    const PlaneRange range = planes(partial / num_runs_ * num_runs_ * num_channel_blocks_ + partial % num_runs_);
+    const PlaneRange range =
+        planes(partial / num_runs_ * num_runs_ * num_channel_blocks_ + partial % num_runs_);
     return (range.n1 - range.n0) * (range.s1 - range.s0);
   }
 
@@ -96,16 +104,19 @@ class ReductionPlan {
   Layout layout_;
   int64_t num_chunks_ = 0;
   int64_t rows_ = 0;
-  int64_t num_samples_ = 0, run_ = 0, channels_ = 1, samples_ = 0, num_runs_ = 1, num_channel_blocks_ = 1;
+  int64_t num_samples_ = 0, run_ = 0, channels_ = 1, samples_ = 0, num_runs_ = 1,
+          num_channel_blocks_ = 1;
 };
 
-// Calls f(begin, end) on chunks of the tensor in memory order. Each thread walks its chunks backwards: the pass before ended with
-// the last of them, which are still in its cache.
+// Calls f(begin, end) on chunks of the tensor in memory order. Each thread walks its chunks
+// backwards: the pass before ended with the last of them, which are still in its cache.
 template <class F>
 void for_each_chunk_backwards(const Layout& layout, const F& f) {
-  const int64_t step = layout.period > 0 ? layout.period * std::max<int64_t>(1, kChunk / layout.period) : kChunk;
+  const int64_t step =
+      layout.period > 0 ? layout.period * std::max<int64_t>(1, kChunk / layout.period) : kChunk;
   at::parallel_for(0, at::divup(layout.numel, step), 1, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = last; chunk-- > first;) f(chunk * step, std::min((chunk + 1) * step, layout.numel));
+    for (int64_t chunk = last; chunk-- > first;)
+      f(chunk * step, std::min((chunk + 1) * step, layout.numel));
   });
 }
 

@@ -1,4 +1,5 @@
-// One step on all gates: regulariser gradient, Adam, clamp. A single pass over a few thousand values, on one thread.
+// One step on all gates: regulariser gradient, Adam, clamp. A single pass over a few thousand
+// values, on one thread.
 #include <torch/library.h>
 
 #include <cmath>
@@ -14,8 +15,8 @@ struct StepConstants {
 };
 
 template <class T>
-void gate_step_kernel(T* gates, const T* grad, T* exp_avg, T* exp_avg_sq, int32_t* died_at, int64_t count, int32_t step,
-                      const StepConstants& constants) {
+void gate_step_kernel(T* gates, const T* grad, T* exp_avg, T* exp_avg_sq, int32_t* died_at,
+                      int64_t count, int32_t step, const StepConstants& constants) {
   const T one_minus_beta1 = static_cast<T>(1 - constants.beta1);
   const T beta2 = static_cast<T>(constants.beta2);
   const T one_minus_beta2 = static_cast<T>(1 - constants.beta2);
@@ -48,11 +49,12 @@ double mean_abs(const T* gates, int64_t count, int64_t num_gates) {
 
 }  // namespace
 
-void gate_step_cpu(at::Tensor& gates, const at::Tensor& grad_in, at::Tensor& exp_avg, at::Tensor& exp_avg_sq,
-                   at::Tensor& step, at::Tensor& died_at, double lr, double beta1, double beta2, double eps, double gamma,
-                   double target, int64_t num_gates) {
-  checks::check_gate_step(gates, grad_in, exp_avg, exp_avg_sq, step, died_at, lr, beta1, beta2, eps, gamma, target,
-                          num_gates);
+void gate_step_cpu(at::Tensor& gates, const at::Tensor& grad_in, at::Tensor& exp_avg,
+                   at::Tensor& exp_avg_sq, at::Tensor& step, at::Tensor& died_at, double lr,
+                   double beta1, double beta2, double eps, double gamma, double target,
+                   int64_t num_gates) {
+  checks::check_gate_step(gates, grad_in, exp_avg, exp_avg_sq, step, died_at, lr, beta1, beta2, eps,
+                          gamma, target, num_gates);
   int64_t& count = *step.mutable_data_ptr<int64_t>();
   count += 1;
   const int64_t num_values = gates.numel();
@@ -68,8 +70,9 @@ void gate_step_cpu(at::Tensor& gates, const at::Tensor& grad_in, at::Tensor& exp
                                   2 * gamma * excess / static_cast<double>(num_gates),
                                   lr / (1 - std::pow(beta1, static_cast<double>(count))),
                                   std::sqrt(1 - std::pow(beta2, static_cast<double>(count)))};
-    gate_step_kernel(values, grad.const_data_ptr<T>(), exp_avg.mutable_data_ptr<T>(), exp_avg_sq.mutable_data_ptr<T>(),
-                     died_at.mutable_data_ptr<int32_t>(), num_values, static_cast<int32_t>(count), constants);
+    gate_step_kernel(values, grad.const_data_ptr<T>(), exp_avg.mutable_data_ptr<T>(),
+                     exp_avg_sq.mutable_data_ptr<T>(), died_at.mutable_data_ptr<int32_t>(),
+                     num_values, static_cast<int32_t>(count), constants);
   };
   if (gates.scalar_type() == at::kDouble) {
     run(double{});

@@ -21,7 +21,8 @@ inline Isa find_isa(std::string_view name) {
   // The compiler's check includes the operating system's support of the registers.
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (name == "avx512") return {"avx512", kernels_avx512, has_avx512};
   if (name == "avx2") return {"avx2", kernels_avx2, has_avx2};
@@ -41,13 +42,17 @@ inline Isa choose_isa() {
   }
   const std::string_view name = forced;
   TORCH_CHECK_VALUE(name == "avx512" || name == "avx2" || name == "baseline",
-                    "bn_gate_act: PFS_FAST_CPU_ISA must be one of baseline, avx2, avx512, got \"", forced,
-                    "\"; unset it to use the best that this processor has");
+                    "bn_gate_act: PFS_FAST_CPU_ISA must be one of baseline, avx2, avx512, got \"",
+                    forced, "\"; unset it to use the best that this processor has");
   const Isa isa = find_isa(name);
-  TORCH_CHECK_VALUE(isa.kernels != nullptr, "bn_gate_act: PFS_FAST_CPU_ISA must name an instruction set of this build, got \"",
-                    forced, "\"; unset it");
-  TORCH_CHECK_VALUE(isa.runs_here, "bn_gate_act: PFS_FAST_CPU_ISA must name an instruction set that this processor has, got \"",
-                    forced, "\"; unset it or choose a lower one");
+  TORCH_CHECK_VALUE(
+      isa.kernels != nullptr,
+      "bn_gate_act: PFS_FAST_CPU_ISA must name an instruction set of this build, got \"", forced,
+      "\"; unset it");
+  TORCH_CHECK_VALUE(
+      isa.runs_here,
+      "bn_gate_act: PFS_FAST_CPU_ISA must name an instruction set that this processor has, got \"",
+      forced, "\"; unset it or choose a lower one");
   return isa;
 }
 

@@ -1,7 +1,9 @@
-// Vector arithmetic on tiles of values, written once for every instruction set with the compiler's vector extensions.
+// Vector arithmetic on tiles of values, written once for every instruction set with the compiler's
+// vector extensions.
 //
-// The including file sets PFS_VECTOR_BYTES (16, 32 or 64). Everything here is in an anonymous namespace: a function compiled
-// for AVX-512 must never be the copy that the linker keeps for another file.
+// The including file sets PFS_VECTOR_BYTES (16, 32 or 64). Everything here is in an anonymous
+// namespace: a function compiled for AVX-512 must never be the copy that the linker keeps for
+// another file.
 #pragma once
 
 #ifndef PFS_VECTOR_BYTES
@@ -14,8 +16,6 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
-
-#include "../activation.h"
 
 #define PFS_INLINE inline __attribute__((always_inline))
 
@@ -35,7 +35,8 @@ struct Vec<float> {
   typedef int32_t I __attribute__((vector_size(PFS_VECTOR_BYTES)));
   typedef uint32_t U __attribute__((vector_size(PFS_VECTOR_BYTES)));
   typedef float Unaligned __attribute__((vector_size(PFS_VECTOR_BYTES), aligned(1), may_alias));
-  typedef uint32_t UnalignedBits __attribute__((vector_size(PFS_VECTOR_BYTES), aligned(1), may_alias));
+  typedef uint32_t UnalignedBits
+      __attribute__((vector_size(PFS_VECTOR_BYTES), aligned(1), may_alias));
   static constexpr int kLanes = PFS_VECTOR_BYTES / 4;
 };
 
@@ -45,7 +46,8 @@ struct Vec<double> {
   typedef int64_t I __attribute__((vector_size(PFS_VECTOR_BYTES)));
   typedef uint64_t U __attribute__((vector_size(PFS_VECTOR_BYTES)));
   typedef double Unaligned __attribute__((vector_size(PFS_VECTOR_BYTES), aligned(1), may_alias));
-  typedef uint64_t UnalignedBits __attribute__((vector_size(PFS_VECTOR_BYTES), aligned(1), may_alias));
+  typedef uint64_t UnalignedBits
+      __attribute__((vector_size(PFS_VECTOR_BYTES), aligned(1), may_alias));
   static constexpr int kLanes = PFS_VECTOR_BYTES / 8;
 };
 
@@ -60,8 +62,9 @@ struct AccOf<BFloat16> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
-// Two vectors. float and double: the halves follow each other. bfloat16: `a` holds the even values and `b` the odd ones, because
-// widening a pair then costs a shift and a mask, and narrowing it needs no shuffle.
+// Two vectors. float and double: the halves follow each other. bfloat16: `a` holds the even values
+// and `b` the odd ones, because widening a pair then costs a shift and a mask, and narrowing it
+// needs no shuffle.
 template <class A>
 struct Tile {
   typename Vec<A>::V a, b;
@@ -119,7 +122,7 @@ PFS_INLINE Tile<A> keep(Tile<A> x, TileMask<A> mask) {
   return {(V)((I)x.a & mask.a), (V)((I)x.b & mask.b)};
 }
 
-// ---- memory -------------------------------------------------------------------------------------------------------------------
+// ---- memory ----
 
 // A tile of parameters or accumulators, already in lane order.
 template <class A>
@@ -145,6 +148,17 @@ PFS_INLINE Tile<float> load(const BFloat16* p) {
 }
 
 template <class T>
+PFS_INLINE T to_acc(T value) {
+  return value;
+}
+PFS_INLINE float to_acc(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+template <class T>
 PFS_INLINE void store(T* p, Tile<T> x) {
   store_lanes<T>(p, x);
 }
@@ -160,15 +174,17 @@ PFS_INLINE void store(BFloat16* p, Tile<float> x) {
       (bfloat16_in_upper_half(x.a) >> 16) | (bfloat16_in_upper_half(x.b) & 0xffff0000u);
 }
 
-// The first n values of a tile; the others are read as 0 and not written.
+// The first n values of a tile, of which `readable` lie within the tensor; what the other lanes
+// hold is not defined.
 template <bool kFull, class T>
-PFS_INLINE Tile<Acc<T>> load_n(const T* p, int64_t n) {
-  if (kFull) return load(p);
+PFS_INLINE Tile<Acc<T>> load_n(const T* p, int64_t n, int64_t readable) {
+  if (kFull || readable >= kTile<T>) return load(p);
   T buffer[kTile<T>];
   std::memset(buffer, 0, sizeof(buffer));
   std::memcpy(buffer, p, n * sizeof(T));
   return load(buffer);
 }
+// Stores the first n values of a tile and nothing else.
 template <bool kFull, class T>
 PFS_INLINE void store_n(T* p, Tile<Acc<T>> x, int64_t n) {
   if (kFull) return store(p, x);
@@ -177,22 +193,45 @@ PFS_INLINE void store_n(T* p, Tile<Acc<T>> x, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// ---- bits: bit p of a tile is its value p in memory order ---------------------------------------------------------------------
+// ---- bits: bit p of a tile is its value p in memory order ----
 
 template <class A>
 PFS_INLINE uint32_t sign_bits(typename Vec<A>::I mask) {
-#if PFS_VECTOR_BYTES == 64
+#if PFS_VECTOR_BYTES == 64 && defined(__AVX512DQ__) && defined(__AVX512BW__)
   if constexpr (sizeof(A) == 4) return static_cast<uint32_t>(_mm512_movepi32_mask((__m512i)mask));
   if constexpr (sizeof(A) == 8) return static_cast<uint32_t>(_mm512_movepi64_mask((__m512i)mask));
-#elif PFS_VECTOR_BYTES == 32
+#elif PFS_VECTOR_BYTES == 32 && defined(__AVX2__)
   if constexpr (sizeof(A) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
   if constexpr (sizeof(A) == 8) return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask));
-#elif defined(__SSE2__)
+#elif PFS_VECTOR_BYTES == 16 && defined(__SSE2__)
   if constexpr (sizeof(A) == 4) return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
   if constexpr (sizeof(A) == 8) return static_cast<uint32_t>(_mm_movemask_pd((__m128d)mask));
 #else
   uint32_t bits = 0;
-  for (int lane = 0; lane < Vec<A>::kLanes; ++lane) bits |= static_cast<uint32_t>(mask[lane] & 1) << lane;
+  for (int lane = 0; lane < Vec<A>::kLanes; ++lane)
+    bits |= static_cast<uint32_t>(mask[lane] & 1) << lane;
+  return bits;
+#endif
+}
+
+// As sign_bits, of 16-bit lanes.
+PFS_INLINE uint32_t sign_bits_16(Vec<float>::I mask) {
+#if PFS_VECTOR_BYTES == 64 && defined(__AVX512DQ__) && defined(__AVX512BW__)
+  return _mm512_movepi16_mask((__m512i)mask);
+#elif PFS_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const __m256i bytes =
+      _mm256_packs_epi16((__m256i)mask, _mm256_setzero_si256());  // within 128-bit halves
+  const uint32_t bits = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+  return (bits & 0xffu) | (bits >> 8 & 0xff00u);
+#elif PFS_VECTOR_BYTES == 16 && defined(__SSE2__)
+  return static_cast<uint32_t>(
+      _mm_movemask_epi8(_mm_packs_epi16((__m128i)mask, _mm_setzero_si128())));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < Vec<float>::kLanes; ++lane) {
+    bits |= static_cast<uint32_t>(mask[lane] & 1) << 2 * lane;
+    bits |= static_cast<uint32_t>(mask[lane] >> 16 & 1) << (2 * lane + 1);
+  }
   return bits;
 #endif
 }
@@ -203,15 +242,9 @@ PFS_INLINE uint32_t mask_to_bits(TileMask<Acc<T>> mask) {
   if constexpr (sizeof(T) == sizeof(A)) {
     return sign_bits<A>(mask.a) | sign_bits<A>(mask.b) << Vec<A>::kLanes;
   } else {
-    // Interleaves: even values from a, odd ones from b.
-    uint32_t even = sign_bits<A>(mask.a), odd = sign_bits<A>(mask.b);
-    const auto spread = [](uint32_t v) {
-      v = (v | v << 8) & 0x00ff00ffu;
-      v = (v | v << 4) & 0x0f0f0f0fu;
-      v = (v | v << 2) & 0x33333333u;
-      return (v | v << 1) & 0x55555555u;
-    };
-    return spread(even) | spread(odd) << 1;
+    // Halfwords in memory order: even values from a, odd ones from b.
+    using U = typename Vec<A>::U;
+    return sign_bits_16((typename Vec<A>::I)(((U)mask.a >> 16) | ((U)mask.b & 0xffff0000u)));
   }
 }
 
@@ -248,6 +281,19 @@ PFS_INLINE uint32_t read_bits(const uint8_t* bytes, int64_t at, int64_t n) {
   return static_cast<uint32_t>(word >> shift) & low_bits(n);
 }
 
+// Writes bits [at, at + n) of a mask; at is a multiple of the tile, and a byte's lower bits are
+// written first.
+template <bool kFull, class T>
+PFS_INLINE void write_bits(uint8_t* bytes, int64_t at, uint32_t bits, int64_t n) {
+  if (!kFull) bits &= low_bits(n);
+  if constexpr (kTile<T> % 8 == 0) {
+    std::memcpy(bytes + at / 8, &bits, kFull ? kTile<T> / 8 : (n + 7) / 8);
+  } else {
+    const uint32_t before = at % 8 == 0 ? 0u : bytes[at / 8];
+    bytes[at / 8] = static_cast<uint8_t>(before | bits << (at % 8));
+  }
+}
+
 // Appends bits to a mask, from a byte boundary on.
 class BitWriter {
  public:
@@ -264,7 +310,8 @@ class BitWriter {
     }
   }
   PFS_INLINE void finish() {
-    for (; num_pending_ > 0; num_pending_ -= 8, pending_ >>= 8) *next_++ = static_cast<uint8_t>(pending_);
+    for (; num_pending_ > 0; num_pending_ -= 8, pending_ >>= 8)
+      *next_++ = static_cast<uint8_t>(pending_);
   }
 
  private:
@@ -272,96 +319,6 @@ class BitWriter {
   uint64_t pending_ = 0;
   int num_pending_ = 0;
 };
-
-// ---- activations --------------------------------------------------------------------------------------------------------------
-
-// exp(x) for x <= 0, to about 1 ulp; below the smallest normal number it stays there. NaN stays NaN.
-// n = round(x / ln 2) comes from the low bits of x / ln 2 + 1.5 * 2^(mantissa bits); exp(r), |r| <= ln 2 / 2, from a polynomial.
-PFS_INLINE Vec<float>::V exp_nonpositive(Vec<float>::V x) {
-  using V = Vec<float>::V;
-  using I = Vec<float>::I;
-  x = x < -87.0f ? splat(-87.0f) : x;
-  const V magic = splat(12582912.0f);
-  const V shifted = x * 1.44269504f + magic;
-  const V n = shifted - magic;
-  V r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const I exponent = ((I)shifted - (I)magic + 127) << 23;
-  return p * (V)exponent;
-}
-PFS_INLINE Vec<double>::V exp_nonpositive(Vec<double>::V x) {
-  using V = Vec<double>::V;
-  using I = Vec<double>::I;
-  x = x < -708.0 ? splat(-708.0) : x;
-  const V magic = splat(6755399441055744.0);
-  const V shifted = x * 1.4426950408889634 + magic;
-  const V n = shifted - magic;
-  V r = x - n * 0.693145751953125;  // the upper half of ln 2: n * it is exact
-  r = r - n * 1.42860682030941723212e-6;
-  // Taylor series to r^13 / 13!: the first term left out is below 5e-18.
-  V p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * (r * r) + r + 1.0;
-  const I exponent = ((I)shifted - (I)magic + 1023) << 52;
-  return p * (V)exponent;
-}
-
-template <class V>
-PFS_INLINE V sigmoid(V z) {
-  const V e = exp_nonpositive(z < 0 ? z : -z);
-  const V positive = 1 / (1 + e);
-  return z < 0 ? e * positive : positive;
-}
-
-// The comparisons are written so that NaN stays NaN.
-template <Act act, class V>
-PFS_INLINE V activate(V z) {
-  if constexpr (act == Act::kRelu) return z <= 0 ? V{} : z;
-  if constexpr (act == Act::kRelu6) return z <= 0 ? V{} : (z >= 6 ? V{} + 6 : z);
-  if constexpr (act == Act::kSilu) return z * sigmoid(z);
-  if constexpr (act == Act::kHardswish) return z <= -3 ? V{} : (z >= 3 ? z : z * (z + 3) / 6);
-  return z;
-}
-
-// Where the slope of ReLU or ReLU6 is 1.
-template <Act act, class A>
-PFS_INLINE TileMask<A> slope_mask(Tile<A> z) {
-  if constexpr (act == Act::kRelu6) return {(z.a > 0) & (z.a < 6), (z.b > 0) & (z.b < 6)};
-  return {z.a > 0, z.b > 0};
-}
-
-template <Act act, class V>
-PFS_INLINE V slope(V z) {
-  if constexpr (act == Act::kSilu) {
-    const V s = sigmoid(z);
-    return s * (1 + z * (1 - s));
-  }
-  if constexpr (act == Act::kHardswish) return z <= -3 ? V{} : (z >= 3 ? V{} + 1 : z / 3 + 0.5);
-  return V{} + 1;
-}
-
-// grad * act'(z).
-template <Act act, class A>
-PFS_INLINE Tile<A> times_slope(Tile<A> grad, Tile<A> z) {
-  if constexpr (act == Act::kIdentity) return grad;
-  if constexpr (act == Act::kRelu || act == Act::kRelu6) return keep(grad, slope_mask<act>(z));
-  return {grad.a * slope<act>(z.a), grad.b * slope<act>(z.b)};
-}
 
 }  // namespace
 }  // namespace pfs::cpu
