@@ -19,8 +19,10 @@ from .groups import FIXED, ChannelGroups
 from .scope import Site
 from .slim import narrow_layers
 
-MIN_SAVING = 0.02  # share of the MACs below which narrowing is not worth a look at the clock
-COST_FACTOR = 2.0  # the time saved must be this many times the time that narrowing takes
+MIN_SAVING = 0.02  # share of the MACs below which narrowing is not worth it
+# Steps that one narrowing must save: about twice what it takes. Counted, not timed, since the same seed must narrow at the same
+# step: sums over other widths round differently.
+MIN_STEPS_SAVED = 20.0
 
 
 class Compaction:
@@ -72,9 +74,9 @@ class Compaction:
             return keep, 0.0
         return keep, 1.0 - CostModel(self._groups.shrink(keep)).base[0] / self._cost
 
-    def worthwhile(self, saving: float, seconds_left: float, seconds_to_narrow: float) -> bool:
+    def worthwhile(self, saving: float, steps_left: int) -> bool:
         """Whether the rest of the search gets shorter by more than narrowing takes."""
-        return saving >= MIN_SAVING and saving * seconds_left > COST_FACTOR * seconds_to_narrow
+        return saving >= MIN_SAVING and saving * steps_left > MIN_STEPS_SAVED
 
     @torch.no_grad()
     def leave_out(self, keep: np.ndarray) -> None:

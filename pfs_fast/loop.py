@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -81,7 +79,6 @@ class SearchLoop:
         self.state = LoopState(bank.state)
         self.device = bank.state.values.device
         self._scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
-        self._clock = _Clock(compaction)
         self._good = self.gates()
         self._window = _Window(self.device)
         self._started = time.perf_counter()
@@ -131,10 +128,12 @@ class SearchLoop:
         if not self.config.compact:
             return False
         keep, saving = self.compaction.candidates()
-        if not self._clock.worthwhile(saving, self.state.steps, steps_left):
+        # Where nobody knows the end, as many steps as were taken may come.
+        if not self.compaction.worthwhile(
+            saving, self.state.steps if steps_left is None else steps_left
+        ):
             return False
-        with self._clock.narrowing():
-            self.compaction.leave_out(keep)
+        self.compaction.leave_out(keep)
         return True
 
     def _place(self, images: Tensor) -> Tensor:
@@ -234,29 +233,6 @@ class SearchLoop:
         if self._alive() <= self.config.target and accuracy > self.state.best_accuracy:
             self.state.best_accuracy = accuracy
             self.state.best = self.gates()
-
-
-class _Clock:
-    """Decides whether narrowing pays, from the time that steps and earlier narrowings took."""
-
-    def __init__(self, compaction: Compaction) -> None:
-        self._compaction = compaction
-        self._narrowing_seconds = 0.1  # a guess, until one was timed
-        self._since, self._steps = time.perf_counter(), 0
-
-    def worthwhile(self, saving: float, steps: int, steps_left: int | None) -> bool:
-        now = time.perf_counter()
-        per_step = (now - self._since) / max(steps - self._steps, 1)
-        self._since, self._steps = now, steps
-        seconds_left = per_step * (steps if steps_left is None else steps_left)
-        return self._compaction.worthwhile(saving, seconds_left, self._narrowing_seconds)
-
-    @contextmanager
-    def narrowing(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._since = time.perf_counter()
-        self._narrowing_seconds = self._since - start
 
 
 class _Window:

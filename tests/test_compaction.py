@@ -80,10 +80,10 @@ def run(model: nn.Module, compact: bool, **options: object) -> pfs.SearchResult:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Narrow as soon as anything has died, whatever the clock says, and without keeping dead channels."""
+    """Narrow as soon as anything has died, however few steps are left, and without keeping dead channels."""
     monkeypatch.setitem(search_module.COMPACT_EVERY, "cpu", 4)
     monkeypatch.setattr(compaction, "MIN_SAVING", 1e-9)
-    monkeypatch.setattr(compaction, "COST_FACTOR", 0.0)
+    monkeypatch.setattr(compaction, "MIN_STEPS_SAVED", 0.0)
     monkeypatch.setattr(plan_module, "preferred_multiple", lambda device: 2)
 
 
