@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._modules import require_plain
 from .batches import Loader, check_reiterable, checked_batches
 from .budget import Budget
 from .checkpoint import Checkpoint, fingerprint
@@ -43,7 +44,8 @@ def search(
 
     Args:
         model: Any fx-traceable CNN, as initialised. Never modified.
-        loader: Re-iterable of ``(images [N, C, H, W] floating point, labels [N] int64)``.
+        loader: Re-iterable of ``(images [N, C, H, W] floating point, labels [N] int64)``. One with ``set_epoch`` (``DeviceLoader``,
+            a DataLoader with a distributed sampler) is told each epoch, from 0, so that the same seed means the same images.
         budget: Share of the MACs in (0, 1], a number of MACs, or a ``Budget``.
         config: Options; the paper's CIFAR-10 defaults otherwise.
         example_input: Input that the model is traced with; default: the first batch.
@@ -71,7 +73,12 @@ def search(
         >>> result.structure.macs_share <= 0.5
         True
     """
-    config = config or SearchConfig()
+    require_plain("search", model)
+    config = SearchConfig() if config is None else config
+    if not isinstance(config, SearchConfig):
+        raise ConfigError(
+            f"search: config must be a SearchConfig, got {type(config).__name__}; write SearchConfig(epochs=2, ...)"
+        )
     budget = Budget.of(budget)
     check_reiterable(loader, config.epochs, "search")
     if config.select == "best" and val_loader is None:
@@ -79,8 +86,13 @@ def search(
             "search: val_loader must be given with select='best', got None; pass one or use select='last'"
         )
     place = choose_device(device)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),  # whatever the caller has switched off
+        torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
+    ):
         torch.manual_seed(config.seed)
+        _set_epoch(loader, 0)
         batches = checked_batches(loader, "search")
         first = next(batches)
         plan = prepare(
@@ -140,7 +152,9 @@ def _run(
             state.epoch += 1
             if saved is not None:
                 saved.save()
-            batches = checked_batches(loader, "search", epoch=state.epoch)
+            if state.epoch < config.epochs:
+                _set_epoch(loader, state.epoch)
+                batches = checked_batches(loader, "search", epoch=state.epoch)
 
 
 def _total_steps(loader: Any, config: SearchConfig) -> int | None:
