@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import needs_cuda
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
@@ -260,7 +259,7 @@ def test_repr_tells_what_it_serves():
     )
 
 
-@needs_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("train", [False, True])
 def test_cuda_batches_equal_those_of_the_cpu(train):
     images = some_images(50, height=32, width=32)
