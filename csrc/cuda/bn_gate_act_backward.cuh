@@ -1,5 +1,5 @@
-// Kernels of _bn_gate_act_backward: grad_sums (read grad_y, x) -> channel_grads (per channel) -> apply_backward (read grad_y, x,
-// write grad_x and grad_residual).
+// Kernels of _bn_gate_act_backward: grad_sums (read grad_y, x) -> channel_grads (per channel) ->
+// apply_backward (read grad_y, x, write grad_x and grad_residual).
 #ifndef PFS_CUDA_BN_GATE_ACT_BACKWARD_CUH_
 #define PFS_CUDA_BN_GATE_ACT_BACKWARD_CUH_
 
@@ -9,7 +9,8 @@ namespace pfs::cuda {
 
 // Where act'(z) comes from.
 enum class Source : int {
-  kClamp = 0,   // z recomputed from x; identity also when there was a residual, since z does not matter then
+  kClamp = 0,   // z recomputed from x; identity also when there was a residual, since z does not
+                // matter then
   kSmooth = 1,  // z recomputed from x
   kMask = 2,    // one bit per value
   kPreAct = 3,  // z saved in the dtype of x
@@ -27,7 +28,8 @@ struct AuxPiece {
   unsigned bits;
 
   C10_HOST_DEVICE void load(const void* __restrict__ aux, int64_t offset) {
-    if constexpr (kSource == Source::kPreAct) pre_act = load_pack<V>(static_cast<const T*>(aux) + offset);
+    if constexpr (kSource == Source::kPreAct)
+      pre_act = load_pack<V>(static_cast<const T*>(aux) + offset);
     if constexpr (kSource == Source::kMask) {
       // A piece never straddles bytes: its offset is a multiple of its size, which divides 8.
       static_assert(8 % V == 0);
@@ -45,7 +47,8 @@ struct AuxPiece {
     } else if constexpr (kSource == Source::kMask) {
       return ((bits >> v) & 1u) != 0 ? grad_y : acc(0);
     } else {
-      return activate_backward<ActFamily::kSmooth>(grad_y, static_cast<acc>(pre_act.values[v]), act);
+      return activate_backward<ActFamily::kSmooth>(grad_y, static_cast<acc>(pre_act.values[v]),
+                                                   act);
     }
   }
 };
@@ -53,9 +56,10 @@ struct AuxPiece {
 // partial: [2, splits, C] = (sum g, sum g * (x - mean)) of every chunk. grid = (tiles, splits).
 template <typename T, int V, Layout kLayout, Source kSource>
 __global__ void __launch_bounds__(kMaxThreads)
-    grad_sums_kernel(const T* __restrict__ grad_y, const T* __restrict__ x, const void* __restrict__ aux,
-                     const acc_t<T>* __restrict__ mean, const acc_t<T>* __restrict__ var, ChannelParams<acc_t<T>> params,
-                     acc_t<T> eps, ActParams<acc_t<T>> act, Grid grid, acc_t<T>* __restrict__ partial) {
+    grad_sums_kernel(const T* __restrict__ grad_y, const T* __restrict__ x,
+                     const void* __restrict__ aux, const acc_t<T>* __restrict__ mean,
+                     const acc_t<T>* __restrict__ var, ChannelParams<acc_t<T>> params, acc_t<T> eps,
+                     ActParams<acc_t<T>> act, Grid grid, acc_t<T>* __restrict__ partial) {
   using acc = acc_t<T>;
   constexpr int kChannels = Cursor<kLayout, V>::kChannels;
   constexpr int kPerChannel = V / kChannels;
@@ -115,16 +119,18 @@ struct ChannelGrads {
   acc* __restrict__ bias;
 };
 
-// Joins the chunks, writes the per-channel gradients and the coefficients [5, C] of apply_backward. splits = 0: no sums were
-// taken, because nothing needs them. grid = (ceil(C / 8)), 8 x 32 threads.
+// Joins the chunks, writes the per-channel gradients and the coefficients [5, C] of apply_backward.
+// splits = 0: no sums were taken, because nothing needs them. grid = (ceil(C / 8)), 8 x 32 threads.
 template <typename acc>
 __global__ void __launch_bounds__(kMaxThreads)
-    channel_grads_kernel(const acc* __restrict__ partial, int64_t splits, Shape shape, const acc* __restrict__ mean,
-                         const acc* __restrict__ var, ChannelParams<acc> params, bool training, acc eps,
-                         ChannelGrads<acc> grads, acc* __restrict__ coefficients) {
+    channel_grads_kernel(const acc* __restrict__ partial, int64_t splits, Shape shape,
+                         const acc* __restrict__ mean, const acc* __restrict__ var,
+                         ChannelParams<acc> params, bool training, acc eps, ChannelGrads<acc> grads,
+                         acc* __restrict__ coefficients) {
   __shared__ ReduceStorage<acc, 1> storage;
   const int64_t channels = shape.channels;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kChannelThreads + threadIdx.x % kChannelThreads;
+  const int64_t c =
+      static_cast<int64_t>(blockIdx.x) * kChannelThreads + threadIdx.x % kChannelThreads;
   const int row = static_cast<int>(threadIdx.x) / kChannelThreads;
 
   Sums<acc, 1> sums;
@@ -153,18 +159,21 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// grad_x and grad_residual (either may be null). grid = (tiles, splits), the chunks in reverse as in apply_kernel.
+// grad_x and grad_residual (either may be null). grid = (tiles, splits), the chunks in reverse as
+// in apply_kernel.
 template <typename T, int V, Layout kLayout, Source kSource>
 __global__ void __launch_bounds__(kMaxThreads)
-    apply_backward_kernel(const T* __restrict__ grad_y, const T* __restrict__ x, const void* __restrict__ aux,
-                          const acc_t<T>* __restrict__ coefficients, ActParams<acc_t<T>> act, bool training, Grid grid,
-                          T* __restrict__ grad_x, T* __restrict__ grad_residual) {
+    apply_backward_kernel(const T* __restrict__ grad_y, const T* __restrict__ x,
+                          const void* __restrict__ aux, const acc_t<T>* __restrict__ coefficients,
+                          ActParams<acc_t<T>> act, bool training, Grid grid, T* __restrict__ grad_x,
+                          T* __restrict__ grad_residual) {
   using acc = acc_t<T>;
   constexpr int kChannels = Cursor<kLayout, V>::kChannels;
   constexpr int kPerChannel = V / kChannels;
   constexpr int kUnroll = V == 1 ? 4 : 2;
 
-  Cursor<kLayout, V> cursor(grid, blockIdx.x, grid.splits - 1 - blockIdx.y, static_cast<int>(threadIdx.x));
+  Cursor<kLayout, V> cursor(grid, blockIdx.x, grid.splits - 1 - blockIdx.y,
+                            static_cast<int>(threadIdx.x));
   if (cursor.count() == 0) return;
   // Without training x enters only through a recomputed z.
   const bool needs_x = training || (recomputes_z(kSource) && !act.is_identity);

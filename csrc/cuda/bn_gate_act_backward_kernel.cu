@@ -1,5 +1,5 @@
-// _bn_gate_act_backward on CUDA: arguments, workspace and launches of the kernels in bn_gate_act_backward.cuh. A file of its own
-// so that the two halves compile side by side.
+// _bn_gate_act_backward on CUDA: arguments, workspace and launches of the kernels in
+// bn_gate_act_backward.cuh. A file of its own so that the two halves compile side by side.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -34,12 +34,14 @@ struct Backward {
     return is_aligned({raw(grad_y), raw(x), saved, raw(grad_x), raw(grad_residual)});
   }
 
-  // Sums where anything needs them, then per-channel gradients; returns the coefficients [5, C] of apply.
+  // Sums where anything needs them, then per-channel gradients; returns the coefficients [5, C] of
+  // apply.
   template <typename T, Source kSource>
   at::Tensor statistics() const {
     using acc = acc_t<T>;
     const int64_t channels = shape.channels;
-    const bool needs_sums = (training && output_mask[0]) || output_mask[1] || output_mask[2] || output_mask[3];
+    const bool needs_sums =
+        (training && output_mask[0]) || output_mask[1] || output_mask[2] || output_mask[3];
     const at::Tensor coefficients = at::empty({kNumGradRows, channels}, mean.options());
     at::Tensor partial;
     int64_t splits = 0;
@@ -49,16 +51,18 @@ struct Backward {
         const Grid grid = make_grid(shape, V);
         splits = grid.splits;
         partial = at::empty({2, splits, channels}, mean.options());
-        launch(scope, grad_sums_kernel<T, V, decltype(layout)::value, kSource>, grid.tiles, grid.splits, grid.threads(),
-               typed<T>(grad_y), typed<T>(x), raw(aux), typed<acc>(mean), typed<acc>(var), params.pointers<acc>(),
-               static_cast<acc>(eps), act_params<acc>(act), grid, typed_mutable<acc>(partial));
+        launch(scope, grad_sums_kernel<T, V, decltype(layout)::value, kSource>, grid.tiles,
+               grid.splits, grid.threads(), typed<T>(grad_y), typed<T>(x), raw(aux),
+               typed<acc>(mean), typed<acc>(var), params.pointers<acc>(), static_cast<acc>(eps),
+               act_params<acc>(act), grid, typed_mutable<acc>(partial));
       });
     }
     const ChannelGrads<acc> grads{typed_mutable<acc>(grad_gate), typed_mutable<acc>(grad_weight),
                                   typed_mutable<acc>(grad_bias)};
-    launch(scope, channel_grads_kernel<acc>, channel_blocks(channels), 1, kChannelThreads * kSplitThreads,
-           typed<acc>(partial), splits, shape, typed<acc>(mean), typed<acc>(var), params.pointers<acc>(), training,
-           static_cast<acc>(eps), grads, typed_mutable<acc>(coefficients));
+    launch(scope, channel_grads_kernel<acc>, channel_blocks(channels), 1,
+           kChannelThreads * kSplitThreads, typed<acc>(partial), splits, shape, typed<acc>(mean),
+           typed<acc>(var), params.pointers<acc>(), training, static_cast<acc>(eps), grads,
+           typed_mutable<acc>(coefficients));
     return coefficients;
   }
 
@@ -68,8 +72,9 @@ struct Backward {
     dispatch_layout<kPackSize<T>>(shape, aligned(), [&](auto layout, auto pack) {
       constexpr int V = decltype(pack)::value;
       const Grid grid = make_grid(shape, V);
-      launch(scope, apply_backward_kernel<T, V, decltype(layout)::value, kSource>, grid.tiles, grid.splits, grid.threads(),
-             typed<T>(grad_y), typed<T>(x), raw(aux), typed<acc>(coefficients), act_params<acc>(act), training, grid,
+      launch(scope, apply_backward_kernel<T, V, decltype(layout)::value, kSource>, grid.tiles,
+             grid.splits, grid.threads(), typed<T>(grad_y), typed<T>(x), raw(aux),
+             typed<acc>(coefficients), act_params<acc>(act), training, grid,
              typed_mutable<T>(grad_x), typed_mutable<T>(grad_residual));
     });
   }
@@ -88,19 +93,22 @@ struct Backward {
       case AuxKind::kPreAct:
         return run<T, Source::kPreAct>();
       case AuxKind::kNone:
-        return act_family(act) == ActFamily::kSmooth ? run<T, Source::kSmooth>() : run<T, Source::kClamp>();
+        return act_family(act) == ActFamily::kSmooth ? run<T, Source::kSmooth>()
+                                                     : run<T, Source::kClamp>();
     }
   }
 };
 
 }  // namespace
 
-BnGateActGrads bn_gate_act_backward_cuda(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& mean,
-                                         const at::Tensor& var, const OptionalTensor& gate, const OptionalTensor& weight,
-                                         const OptionalTensor& bias, const at::Tensor& aux, bool training, double eps,
-                                         std::string_view act, bool has_residual, std::array<bool, 5> output_mask) {
-  const Act parsed =
-      checks::check_bn_gate_act_backward(grad_y, x, mean, var, gate, weight, bias, aux, act, has_residual);
+BnGateActGrads bn_gate_act_backward_cuda(const at::Tensor& grad_y, const at::Tensor& x,
+                                         const at::Tensor& mean, const at::Tensor& var,
+                                         const OptionalTensor& gate, const OptionalTensor& weight,
+                                         const OptionalTensor& bias, const at::Tensor& aux,
+                                         bool training, double eps, std::string_view act,
+                                         bool has_residual, std::array<bool, 5> output_mask) {
+  const Act parsed = checks::check_bn_gate_act_backward(grad_y, x, mean, var, gate, weight, bias,
+                                                        aux, act, has_residual);
   const DeviceScope scope(x.device());
   const at::MemoryFormat format = x.suggest_memory_format();
   const auto channel_options = x.options().dtype(checks::acc_type(x));
@@ -113,8 +121,9 @@ BnGateActGrads bn_gate_act_backward_cuda(const at::Tensor& grad_y, const at::Ten
     const int64_t size = wanted ? x.size(1) : 0;
     return is_empty ? at::zeros({size}, channel_options) : at::empty({size}, channel_options);
   };
-  BnGateActGrads grads{like_x(output_mask[0]), per_channel(output_mask[1]), per_channel(output_mask[2]),
-                       per_channel(output_mask[3]), like_x(output_mask[4])};
+  BnGateActGrads grads{like_x(output_mask[0]), per_channel(output_mask[1]),
+                       per_channel(output_mask[2]), per_channel(output_mask[3]),
+                       like_x(output_mask[4])};
   if (is_empty) return grads;
 
   const AuxKind kind = aux_kind(parsed, has_residual);
@@ -136,11 +145,13 @@ BnGateActGrads bn_gate_act_backward_cuda(const at::Tensor& grad_y, const at::Ten
                           std::get<2>(grads),
                           std::get<3>(grads),
                           std::get<4>(grads)};
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "_bn_gate_act_backward",
-                                  [&] { backward.run<scalar_t>(); });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(),
+                                  "_bn_gate_act_backward", [&] { backward.run<scalar_t>(); });
   return grads;
 }
 
 }  // namespace pfs
 
-TORCH_LIBRARY_IMPL(pfs_fast, CUDA, m) { m.impl("_bn_gate_act_backward", &pfs::bn_gate_act_backward_cuda); }
+TORCH_LIBRARY_IMPL(pfs_fast, CUDA, m) {
+  m.impl("_bn_gate_act_backward", &pfs::bn_gate_act_backward_cuda);
+}

@@ -1,4 +1,5 @@
-// Kernels of bn_gate_act: batch_moments (read x) -> channel_affine (per channel) -> apply (read x, write y).
+// Kernels of bn_gate_act: batch_moments (read x) -> channel_affine (per channel) -> apply (read x,
+// write y).
 #ifndef PFS_CUDA_BN_GATE_ACT_FORWARD_CUH_
 #define PFS_CUDA_BN_GATE_ACT_FORWARD_CUH_
 
@@ -6,7 +7,8 @@
 
 namespace pfs::cuda {
 
-// Channels and rows of threads of the per-channel kernels: 8 neighbouring channels fill a 32-byte sector.
+// Channels and rows of threads of the per-channel kernels: 8 neighbouring channels fill a 32-byte
+// sector.
 inline constexpr int kChannelThreads = 8;
 inline constexpr int kSplitThreads = 32;
 static_assert(kChannelThreads * kSplitThreads <= kMaxThreads);
@@ -53,18 +55,20 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// Joins the chunks, writes mean and var [C] and the coefficients affine [3, C] that apply needs. Without training it copies the
-// running statistics instead. grid = (ceil(C / 8)), 8 x 32 threads.
+// Joins the chunks, writes mean and var [C] and the coefficients affine [3, C] that apply needs.
+// Without training it copies the running statistics instead. grid = (ceil(C / 8)), 8 x 32 threads.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     channel_affine_kernel(const T* __restrict__ x, Grid grid, const acc_t<T>* __restrict__ partial,
-                          const acc_t<T>* __restrict__ running_mean, const acc_t<T>* __restrict__ running_var,
-                          ChannelParams<acc_t<T>> params, bool training, acc_t<T> eps, acc_t<T>* __restrict__ mean,
+                          const acc_t<T>* __restrict__ running_mean,
+                          const acc_t<T>* __restrict__ running_var, ChannelParams<acc_t<T>> params,
+                          bool training, acc_t<T> eps, acc_t<T>* __restrict__ mean,
                           acc_t<T>* __restrict__ var, acc_t<T>* __restrict__ affine) {
   using acc = acc_t<T>;
   __shared__ ReduceStorage<acc, 1> storage;
   const int64_t channels = grid.shape.channels;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kChannelThreads + threadIdx.x % kChannelThreads;
+  const int64_t c =
+      static_cast<int64_t>(blockIdx.x) * kChannelThreads + threadIdx.x % kChannelThreads;
   const int row = static_cast<int>(threadIdx.x) / kChannelThreads;
   const int64_t count = grid.shape.values_per_channel();
 
@@ -114,31 +118,35 @@ C10_HOST_DEVICE inline void load_channels(acc (&values)[K], const acc* __restric
 
 // What apply does after the affine map.
 enum class Epilogue : int {
-  kClamp = 0,             // y = clamp(z)
-  kClampResidual = 1,     // z += residual
-  kClampResidualMask = 2, // ... and aux = one bit per value, a whole byte per piece: V = 8
-  kSmooth = 3,            // y = silu(z) or hardswish(z)
-  kSmoothResidual = 4,    // z += residual, aux = z
+  kClamp = 0,              // y = clamp(z)
+  kClampResidual = 1,      // z += residual
+  kClampResidualMask = 2,  // ... and aux = one bit per value, a whole byte per piece: V = 8
+  kSmooth = 3,             // y = silu(z) or hardswish(z)
+  kSmoothResidual = 4,     // z += residual, aux = z
 };
 
 constexpr bool adds_residual(Epilogue e) { return e != Epilogue::kClamp && e != Epilogue::kSmooth; }
 constexpr ActFamily family_of(Epilogue e) {
-  return e == Epilogue::kSmooth || e == Epilogue::kSmoothResidual ? ActFamily::kSmooth : ActFamily::kClamp;
+  return e == Epilogue::kSmooth || e == Epilogue::kSmoothResidual ? ActFamily::kSmooth
+                                                                  : ActFamily::kClamp;
 }
 
-// y = act(affine(x) + residual). grid = (tiles, splits). Blocks take the chunks in reverse, because the pass before ends with
-// the last ones, which are still in the cache.
+// y = act(affine(x) + residual). grid = (tiles, splits). Blocks take the chunks in reverse, because
+// the pass before ends with the last ones, which are still in the cache.
 template <typename T, int V, Layout kLayout, Epilogue kEpilogue>
 __global__ void __launch_bounds__(kMaxThreads)
-    apply_kernel(const T* __restrict__ x, const T* __restrict__ residual, const acc_t<T>* __restrict__ affine,
-                 ActParams<acc_t<T>> act, Grid grid, T* __restrict__ y, void* __restrict__ aux) {
+    apply_kernel(const T* __restrict__ x, const T* __restrict__ residual,
+                 const acc_t<T>* __restrict__ affine, ActParams<acc_t<T>> act, Grid grid,
+                 T* __restrict__ y, void* __restrict__ aux) {
   using acc = acc_t<T>;
   constexpr int kChannels = Cursor<kLayout, V>::kChannels;
   constexpr int kPerChannel = V / kChannels;
   constexpr int kUnroll = V == 1 ? 8 : (V * sizeof(T) > 16 ? 2 : 4);
-  static_assert(kEpilogue != Epilogue::kClampResidualMask || V == 8, "a thread must own whole bytes of the mask");
+  static_assert(kEpilogue != Epilogue::kClampResidualMask || V == 8,
+                "a thread must own whole bytes of the mask");
 
-  Cursor<kLayout, V> cursor(grid, blockIdx.x, grid.splits - 1 - blockIdx.y, static_cast<int>(threadIdx.x));
+  Cursor<kLayout, V> cursor(grid, blockIdx.x, grid.splits - 1 - blockIdx.y,
+                            static_cast<int>(threadIdx.x));
   if (cursor.count() == 0) return;
   const int64_t channels = grid.shape.channels;
   acc mean[kChannels], scale[kChannels], shift[kChannels];
@@ -166,11 +174,13 @@ __global__ void __launch_bounds__(kMaxThreads)
         acc z = Affine<acc>{mean[k], scale[k], shift[k]}(static_cast<acc>(in[u].values[v]));
         if constexpr (adds_residual(kEpilogue)) z += static_cast<acc>(skip[u].values[v]);
         if constexpr (kEpilogue == Epilogue::kSmoothResidual) pre_act.values[v] = static_cast<T>(z);
-        if constexpr (kEpilogue == Epilogue::kClampResidualMask) bits |= clamp_passes(z, act) ? 1u << v : 0u;
+        if constexpr (kEpilogue == Epilogue::kClampResidualMask)
+          bits |= clamp_passes(z, act) ? 1u << v : 0u;
         out.values[v] = static_cast<T>(activate<family_of(kEpilogue)>(z, act));
       }
       store_pack<V>(y + offsets[u], out);
-      if constexpr (kEpilogue == Epilogue::kSmoothResidual) store_pack<V>(static_cast<T*>(aux) + offsets[u], pre_act);
+      if constexpr (kEpilogue == Epilogue::kSmoothResidual)
+        store_pack<V>(static_cast<T*>(aux) + offsets[u], pre_act);
       if constexpr (kEpilogue == Epilogue::kClampResidualMask) {
         static_cast<uint8_t*>(aux)[offsets[u] >> 3] = static_cast<uint8_t>(bits);
       }
@@ -178,24 +188,28 @@ __global__ void __launch_bounds__(kMaxThreads)
   });
 }
 
-// apply with a bitmask for shapes and addresses that the packed kernel cannot take: a thread owns the 8 values of one byte of
-// the mask, whatever channels they lie in; the last byte may cover fewer. grid = any.
+// apply with a bitmask for shapes and addresses that the packed kernel cannot take: a thread owns
+// the 8 values of one byte of the mask, whatever channels they lie in; the last byte may cover
+// fewer. grid = any.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
-    apply_masked_flat_kernel(const T* __restrict__ x, const T* __restrict__ residual, const acc_t<T>* __restrict__ affine,
-                             ActParams<acc_t<T>> act, Shape shape, T* __restrict__ y, uint8_t* __restrict__ aux) {
+    apply_masked_flat_kernel(const T* __restrict__ x, const T* __restrict__ residual,
+                             const acc_t<T>* __restrict__ affine, ActParams<acc_t<T>> act,
+                             Shape shape, T* __restrict__ y, uint8_t* __restrict__ aux) {
   using acc = acc_t<T>;
   const int64_t numel = shape.numel();
   const int64_t num_bytes = (numel + 7) / 8;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t byte = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; byte < num_bytes; byte += step) {
+  for (int64_t byte = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; byte < num_bytes;
+       byte += step) {
     const int64_t begin = byte * 8;
     const int size = static_cast<int>(numel - begin < 8 ? numel - begin : 8);
     int64_t c = shape.channel_at(begin);
     int64_t position = begin % shape.plane;
     unsigned bits = 0;
     for (int v = 0; v < size; ++v) {
-      const Affine<acc> f{affine[kMeanRow * shape.channels + c], affine[kScaleRow * shape.channels + c],
+      const Affine<acc> f{affine[kMeanRow * shape.channels + c],
+                          affine[kScaleRow * shape.channels + c],
                           affine[kShiftRow * shape.channels + c]};
       const acc z = f(static_cast<acc>(x[begin + v])) + static_cast<acc>(residual[begin + v]);
       y[begin + v] = static_cast<T>(activate<ActFamily::kClamp>(z, act));

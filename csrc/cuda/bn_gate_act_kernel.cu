@@ -1,5 +1,5 @@
-// bn_gate_act on CUDA: arguments, workspace and launches of the kernels in bn_gate_act_forward.cuh. Nothing here waits for the
-// device, so that a call may be captured in a CUDA graph.
+// bn_gate_act on CUDA: arguments, workspace and launches of the kernels in bn_gate_act_forward.cuh.
+// Nothing here waits for the device, so that a call may be captured in a CUDA graph.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -23,7 +23,8 @@ struct Forward {
   Act act;
   bool training;
   double eps;
-  at::Tensor x, residual, running_mean, running_var;  // dense; residual and running_* may be undefined
+  at::Tensor x, residual, running_mean,
+      running_var;  // dense; residual and running_* may be undefined
   Params params;
   at::Tensor y, mean, var, aux;
 
@@ -40,13 +41,15 @@ struct Forward {
         constexpr int V = decltype(pack)::value;
         grid = make_grid(shape, V);
         partial = at::empty({2, grid.splits, channels}, mean.options());
-        launch(scope, batch_moments_kernel<T, V, decltype(layout)::value>, grid.tiles, grid.splits, grid.threads(),
-               typed<T>(x), grid, typed_mutable<acc>(partial));
+        launch(scope, batch_moments_kernel<T, V, decltype(layout)::value>, grid.tiles, grid.splits,
+               grid.threads(), typed<T>(x), grid, typed_mutable<acc>(partial));
       });
     }
-    launch(scope, channel_affine_kernel<T>, channel_blocks(channels), 1, kChannelThreads * kSplitThreads, typed<T>(x), grid,
-           typed<acc>(partial), typed<acc>(running_mean), typed<acc>(running_var), params.pointers<acc>(), training,
-           static_cast<acc>(eps), typed_mutable<acc>(mean), typed_mutable<acc>(var), typed_mutable<acc>(affine));
+    launch(scope, channel_affine_kernel<T>, channel_blocks(channels), 1,
+           kChannelThreads * kSplitThreads, typed<T>(x), grid, typed<acc>(partial),
+           typed<acc>(running_mean), typed<acc>(running_var), params.pointers<acc>(), training,
+           static_cast<acc>(eps), typed_mutable<acc>(mean), typed_mutable<acc>(var),
+           typed_mutable<acc>(affine));
     return affine;
   }
 
@@ -61,8 +64,9 @@ struct Forward {
       if (!aligned || kPack != 8 || run_length(shape) % kPack != 0) {
         constexpr int64_t kMaxBlocks = 1056 * 4;
         const int64_t blocks = std::min((aux.numel() + kMaxThreads - 1) / kMaxThreads, kMaxBlocks);
-        launch(scope, apply_masked_flat_kernel<T>, blocks, 1, kMaxThreads, typed<T>(x), typed<T>(residual),
-               typed<acc>(affine), act_values, shape, typed_mutable<T>(y), typed_mutable<uint8_t>(aux));
+        launch(scope, apply_masked_flat_kernel<T>, blocks, 1, kMaxThreads, typed<T>(x),
+               typed<T>(residual), typed<acc>(affine), act_values, shape, typed_mutable<T>(y),
+               typed_mutable<uint8_t>(aux));
         return;
       }
     }
@@ -70,8 +74,9 @@ struct Forward {
       constexpr int V = decltype(pack)::value;
       if constexpr (!kMask || V == 8) {
         const Grid grid = make_grid(shape, V);
-        launch(scope, apply_kernel<T, V, decltype(layout)::value, kEpilogue>, grid.tiles, grid.splits, grid.threads(),
-               typed<T>(x), typed<T>(residual), typed<acc>(affine), act_values, grid, typed_mutable<T>(y),
+        launch(scope, apply_kernel<T, V, decltype(layout)::value, kEpilogue>, grid.tiles,
+               grid.splits, grid.threads(), typed<T>(x), typed<T>(residual), typed<acc>(affine),
+               act_values, grid, typed_mutable<T>(y),
                aux.numel() > 0 ? aux.mutable_data_ptr() : nullptr);
       }
     });
@@ -93,7 +98,8 @@ struct Forward {
   }
 };
 
-at::Tensor make_aux(const at::Tensor& x, const at::Tensor& y, AuxKind kind, at::MemoryFormat format) {
+at::Tensor make_aux(const at::Tensor& x, const at::Tensor& y, AuxKind kind,
+                    at::MemoryFormat format) {
   const auto bytes = x.options().dtype(at::kByte);
   switch (kind) {
     case AuxKind::kBitmask:
@@ -107,11 +113,14 @@ at::Tensor make_aux(const at::Tensor& x, const at::Tensor& y, AuxKind kind, at::
 
 }  // namespace
 
-BnGateActOutputs bn_gate_act_cuda(const at::Tensor& x, const OptionalTensor& gate, const OptionalTensor& weight,
-                                  const OptionalTensor& bias, const OptionalTensor& residual,
-                                  const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-                                  double eps, std::string_view act) {
-  const Act parsed = checks::check_bn_gate_act(x, gate, weight, bias, residual, running_mean, running_var, training, eps, act);
+BnGateActOutputs bn_gate_act_cuda(const at::Tensor& x, const OptionalTensor& gate,
+                                  const OptionalTensor& weight, const OptionalTensor& bias,
+                                  const OptionalTensor& residual,
+                                  const OptionalTensor& running_mean,
+                                  const OptionalTensor& running_var, bool training, double eps,
+                                  std::string_view act) {
+  const Act parsed = checks::check_bn_gate_act(x, gate, weight, bias, residual, running_mean,
+                                               running_var, training, eps, act);
   const DeviceScope scope(x.device());
   const at::MemoryFormat format = x.suggest_memory_format();
   const auto channel_options = x.options().dtype(checks::acc_type(x));

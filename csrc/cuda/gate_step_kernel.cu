@@ -1,5 +1,6 @@
-// gate_step_ on CUDA: one kernel sums |gates| and counts the step, one takes the step. The host learns nothing and waits for
-// nothing, so that a whole search step can be captured in a CUDA graph.
+// gate_step_ on CUDA: one kernel sums |gates| and counts the step, one takes the step. The host
+// learns nothing and waits for nothing, so that a whole search step can be captured in a CUDA
+// graph.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -36,11 +37,13 @@ __device__ acc block_sum(acc value, ReduceStorage<acc, 1>& storage) {
 
 template <typename acc>
 __global__ void __launch_bounds__(kMaxThreads)
-    gate_sum_kernel(const acc* __restrict__ gates, int64_t size, acc* __restrict__ partial, int64_t* __restrict__ step) {
+    gate_sum_kernel(const acc* __restrict__ gates, int64_t size, acc* __restrict__ partial,
+                    int64_t* __restrict__ step) {
   __shared__ ReduceStorage<acc, 1> storage;
   acc sum = 0;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kMaxThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x; i < size; i += stride) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x; i < size;
+       i += stride) {
     sum += gates[i] < acc(0) ? -gates[i] : gates[i];
   }
   sum = block_sum(sum, storage);
@@ -61,9 +64,10 @@ struct StepScalars {
 
 template <typename acc>
 __global__ void __launch_bounds__(kMaxThreads)
-    gate_step_kernel(acc* __restrict__ gates, const acc* __restrict__ grad, acc* __restrict__ exp_avg,
-                     acc* __restrict__ exp_avg_sq, const int64_t* __restrict__ step, int32_t* __restrict__ died_at,
-                     int64_t size, const acc* __restrict__ partial, int num_partials, StepOptions options) {
+    gate_step_kernel(acc* __restrict__ gates, const acc* __restrict__ grad,
+                     acc* __restrict__ exp_avg, acc* __restrict__ exp_avg_sq,
+                     const int64_t* __restrict__ step, int32_t* __restrict__ died_at, int64_t size,
+                     const acc* __restrict__ partial, int num_partials, StepOptions options) {
   __shared__ ReduceStorage<acc, 1> storage;
   __shared__ StepScalars<acc> scalars;
   const int tid = static_cast<int>(threadIdx.x);
@@ -71,8 +75,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (tid == 0) {
     const double count = static_cast<double>(options.num_gates);
     const double t = static_cast<double>(*step);
-    scalars.regulariser =
-        static_cast<acc>(2.0 * options.gamma * (static_cast<double>(sum) / count - options.target) / count);
+    scalars.regulariser = static_cast<acc>(
+        2.0 * options.gamma * (static_cast<double>(sum) / count - options.target) / count);
     scalars.step_size = static_cast<acc>(options.lr / (1.0 - ::pow(options.beta1, t)));
     scalars.sqrt_bias_correction2 = static_cast<acc>(::sqrt(1.0 - ::pow(options.beta2, t)));
   }
@@ -102,28 +106,32 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <typename acc>
-void run(const DeviceScope& scope, at::Tensor& gates, const at::Tensor& grad, at::Tensor& exp_avg, at::Tensor& exp_avg_sq,
-         at::Tensor& step, at::Tensor& died_at, const StepOptions& options) {
+void run(const DeviceScope& scope, at::Tensor& gates, const at::Tensor& grad, at::Tensor& exp_avg,
+         at::Tensor& exp_avg_sq, at::Tensor& step, at::Tensor& died_at,
+         const StepOptions& options) {
   const int64_t size = gates.numel();
   const int64_t blocks = (size + kMaxThreads - 1) / kMaxThreads;
   const int num_partials = static_cast<int>(std::clamp<int64_t>(blocks, 1, kMaxPartials));
   const at::Tensor partial = at::empty({num_partials}, gates.options());
   const at::Tensor dense_grad = grad.contiguous();
-  launch(scope, gate_sum_kernel<acc>, num_partials, 1, kMaxThreads, gates.const_data_ptr<acc>(), size,
-         partial.mutable_data_ptr<acc>(), step.mutable_data_ptr<int64_t>());
+  launch(scope, gate_sum_kernel<acc>, num_partials, 1, kMaxThreads, gates.const_data_ptr<acc>(),
+         size, partial.mutable_data_ptr<acc>(), step.mutable_data_ptr<int64_t>());
   if (size == 0) return;
   launch(scope, gate_step_kernel<acc>, blocks, 1, kMaxThreads, gates.mutable_data_ptr<acc>(),
-         dense_grad.const_data_ptr<acc>(), exp_avg.mutable_data_ptr<acc>(), exp_avg_sq.mutable_data_ptr<acc>(),
-         step.const_data_ptr<int64_t>(), died_at.mutable_data_ptr<int32_t>(), size, partial.const_data_ptr<acc>(),
-         num_partials, options);
+         dense_grad.const_data_ptr<acc>(), exp_avg.mutable_data_ptr<acc>(),
+         exp_avg_sq.mutable_data_ptr<acc>(), step.const_data_ptr<int64_t>(),
+         died_at.mutable_data_ptr<int32_t>(), size, partial.const_data_ptr<acc>(), num_partials,
+         options);
 }
 
 }  // namespace
 
-void gate_step_cuda(at::Tensor& gates, const at::Tensor& grad, at::Tensor& exp_avg, at::Tensor& exp_avg_sq,
-                    at::Tensor& step, at::Tensor& died_at, double lr, double beta1, double beta2, double eps, double gamma,
-                    double target, int64_t num_gates) {
-  checks::check_gate_step(gates, grad, exp_avg, exp_avg_sq, step, died_at, lr, beta1, beta2, eps, gamma, target, num_gates);
+void gate_step_cuda(at::Tensor& gates, const at::Tensor& grad, at::Tensor& exp_avg,
+                    at::Tensor& exp_avg_sq, at::Tensor& step, at::Tensor& died_at, double lr,
+                    double beta1, double beta2, double eps, double gamma, double target,
+                    int64_t num_gates) {
+  checks::check_gate_step(gates, grad, exp_avg, exp_avg_sq, step, died_at, lr, beta1, beta2, eps,
+                          gamma, target, num_gates);
   const DeviceScope scope(gates.device());
   const StepOptions options{lr, beta1, beta2, eps, gamma, target, num_gates};
   AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "gate_step_", [&] {

@@ -1,8 +1,10 @@
-// Which thread touches which values: the two dense layouts, the split of a tensor over a grid, and the walk of one thread.
+// Which thread touches which values: the two dense layouts, the split of a tensor over a grid, and
+// the walk of one thread.
 //
-// A piece is V consecutive values in memory. In the rows layout (channels_last, or [N, C]) a piece holds V channels of one
-// position; in the planes layout (contiguous [N, C, *spatial]) it holds V positions of one channel. Either way all pieces of a
-// thread have the same channels, so that per-channel values stay in registers.
+// A piece is V consecutive values in memory. In the rows layout (channels_last, or [N, C]) a piece
+// holds V channels of one position; in the planes layout (contiguous [N, C, *spatial]) it holds V
+// positions of one channel. Either way all pieces of a thread have the same channels, so that
+// per-channel values stay in registers.
 #ifndef PFS_CUDA_GEOMETRY_CUH_
 #define PFS_CUDA_GEOMETRY_CUH_
 
@@ -18,7 +20,8 @@ enum class Layout : int {
   kPlanes = 1,  // offset = (n * C + c) * plane + s
 };
 
-// The dense tensor as a matrix of rows, or as planes. rows layout: outer = N * prod(spatial), plane = 1.
+// The dense tensor as a matrix of rows, or as planes. rows layout: outer = N * prod(spatial), plane
+// = 1.
 struct Shape {
   Layout layout;
   int64_t outer;
@@ -33,7 +36,8 @@ struct Shape {
   C10_HOST_DEVICE int64_t channel_at(int64_t offset) const { return offset / plane % channels; }
 };
 
-// The grid of one pass: block (x, y) works on the channels of tile x and on chunk y of their pieces.
+// The grid of one pass: block (x, y) works on the channels of tile x and on chunk y of their
+// pieces.
 struct Grid {
   Shape shape;
   int64_t columns;       // pieces side by side: C / V in the rows layout, C in the planes layout
@@ -50,7 +54,8 @@ struct Grid {
   C10_HOST_DEVICE int64_t chunk_values() const { return chunk * (shape.plane / plane_pieces); }
 };
 
-// The split depends on the shape alone, never on the device: the same sums in the same order on every GPU.
+// The split depends on the shape alone, never on the device: the same sums in the same order on
+// every GPU.
 inline Grid make_grid(const Shape& shape, int vector_size) {
   // Columns of a rows block: 32 pieces of 16 bytes make the longest run that coalescing can use.
   constexpr int64_t kMaxWidth = 32;
@@ -81,7 +86,8 @@ inline Grid make_grid(const Shape& shape, int vector_size) {
   const int64_t turns = (grid.pieces + grid.height - 1) / grid.height;
   const int64_t wanted = std::max(std::min(turns / kManyPieces, kManyBlocks / grid.tiles),
                                   std::min(turns / kFillPieces, kFillBlocks / grid.tiles));
-  const int64_t splits = std::clamp<int64_t>(std::max(wanted, grid.pieces / kMaxChunk), 1, kMaxGridY);
+  const int64_t splits =
+      std::clamp<int64_t>(std::max(wanted, grid.pieces / kMaxChunk), 1, kMaxGridY);
   // Whole turns per block; the number of blocks follows, so that none is empty.
   const int64_t chunk_turns = (turns + splits - 1) / splits;
   grid.chunk = chunk_turns * grid.height;
@@ -113,7 +119,8 @@ class Cursor {
       offset_ = first * channels + channel_;
       step_ = grid.height * channels;
     } else {
-      // One division here instead of one per piece: each step adds a fixed number of planes and pieces, with a carry.
+      // One division here instead of one per piece: each step adds a fixed number of planes and
+      // pieces, with a carry.
       const int64_t plane = grid.shape.plane;
       plane_pieces_ = grid.plane_pieces;
       piece_ = first % plane_pieces_;
@@ -155,8 +162,8 @@ struct Unroll {
   static constexpr int value = U;
 };
 
-// Calls body(Unroll<U>, offsets[U]) on groups of U pieces, and body(Unroll<1>, offsets[1]) on what is left: within a group all
-// loads can be in flight at once.
+// Calls body(Unroll<U>, offsets[U]) on groups of U pieces, and body(Unroll<1>, offsets[1]) on what
+// is left: within a group all loads can be in flight at once.
 template <int U, typename Cursor, typename Body>
 C10_HOST_DEVICE inline void for_each_group(Cursor& cursor, Body&& body) {
   int left = cursor.count();

@@ -1,5 +1,5 @@
-// Per-channel reductions: what one thread accumulates, how two accumulators merge, and the merge over a block. No atomics: the
-// order of every sum follows from the shape alone.
+// Per-channel reductions: what one thread accumulates, how two accumulators merge, and the merge
+// over a block. No atomics: the order of every sum follows from the shape alone.
 #ifndef PFS_CUDA_REDUCE_CUH_
 #define PFS_CUDA_REDUCE_CUH_
 
@@ -7,18 +7,21 @@
 
 namespace pfs::cuda {
 
-// Largest block of any kernel here. 256 threads of up to 128 registers leave two blocks per multiprocessor.
+// Largest block of any kernel here. 256 threads of up to 128 registers leave two blocks per
+// multiprocessor.
 inline constexpr int kMaxThreads = 256;
 
-// Count, mean and sum of squared deviations (M2) of K channels, all with the same count. Values are taken relative to a pivot
-// from the channel itself, so that a mean much larger than the deviation costs no digits.
+// Count, mean and sum of squared deviations (M2) of K channels, all with the same count. Values are
+// taken relative to a pivot from the channel itself, so that a mean much larger than the deviation
+// costs no digits.
 template <typename acc, int K>
 struct Moments {
   acc values[2][K] = {};  // mean - pivot, M2
   acc count = 0;
 
-  // Adds U packs of V values: V / K consecutive values per channel and pack. Welford's update in blocks: the sums run over
-  // deviations from the mean so far, so no digits are lost however many values came before.
+  // Adds U packs of V values: V / K consecutive values per channel and pack. Welford's update in
+  // blocks: the sums run over deviations from the mean so far, so no digits are lost however many
+  // values came before.
   template <typename T, int V, int U>
   C10_HOST_DEVICE void add(const Pack<T, V> (&packs)[U], const acc (&pivot)[K]) {
     constexpr int kPerChannel = V / K;
@@ -80,21 +83,25 @@ struct Sums {
 
 #if defined(__CUDACC__) || defined(PFS_CUDA_EMULATION)
 
-// Shared memory of block_reduce. Neighbouring threads are neighbours in each array: no bank conflicts.
+// Shared memory of block_reduce. Neighbouring threads are neighbours in each array: no bank
+// conflicts.
 template <typename acc, int K>
 struct ReduceStorage {
   acc values[2 * K][kMaxThreads];
   acc count[kMaxThreads];
 };
 
-// Merges the accumulators of threads tid = ty * width + tx over ty in [0, height), as a tree; the result is that of ty = 0.
-// Every thread of the block must call it, also one beyond width * height (its accumulator is not read).
+// Merges the accumulators of threads tid = ty * width + tx over ty in [0, height), as a tree; the
+// result is that of ty = 0. Every thread of the block must call it, also one beyond width * height
+// (its accumulator is not read).
 template <typename Accumulator, typename acc, int K>
-__device__ inline void block_reduce(Accumulator& mine, ReduceStorage<acc, K>& storage, int width, int height) {
+__device__ inline void block_reduce(Accumulator& mine, ReduceStorage<acc, K>& storage, int width,
+                                    int height) {
   const int tid = static_cast<int>(threadIdx.x);
   const int ty = tid / width;
   for (int active = height; active > 1;) {
-    // Rows [half, active) hand over to rows [0, active - half): readers and writers are never the same rows.
+    // Rows [half, active) hand over to rows [0, active - half): readers and writers are never the
+    // same rows.
     const int half = (active + 1) / 2;
     if (ty >= half && ty < active) {
 #pragma unroll
@@ -116,7 +123,8 @@ __device__ inline void block_reduce(Accumulator& mine, ReduceStorage<acc, K>& st
       other.count = storage.count[from];
       mine.merge(other);
     }
-    // No second barrier: the next round writes rows [half', half), which nobody reads in this round.
+    // No second barrier: the next round writes rows [half', half), which nobody reads in this
+    // round.
     active = half;
   }
 }

@@ -21,12 +21,15 @@ inline Shape shape_of(const at::Tensor& x, at::MemoryFormat format) {
   // One channel is one plane in either layout, and as such can be read in packs.
   if (channels == 1) return {Layout::kPlanes, 1, 1, per_channel};
   const int64_t spatial = per_channel / x.size(0);
-  if (spatial == 1 || format != at::MemoryFormat::Contiguous) return {Layout::kRows, per_channel, channels, 1};
+  if (spatial == 1 || format != at::MemoryFormat::Contiguous)
+    return {Layout::kRows, per_channel, channels, 1};
   return {Layout::kPlanes, x.size(0), channels, spatial};
 }
 
 // Values of the longest run inside which a pack may lie.
-inline int64_t run_length(const Shape& shape) { return shape.layout == Layout::kRows ? shape.channels : shape.plane; }
+inline int64_t run_length(const Shape& shape) {
+  return shape.layout == Layout::kRows ? shape.channels : shape.plane;
+}
 
 inline bool is_aligned(std::initializer_list<const void*> pointers) {
   for (const void* p : pointers) {
@@ -42,7 +45,9 @@ using Packed = std::integral_constant<int, V>;
 template <int kPack, typename F>
 void dispatch_layout(const Shape& shape, bool aligned, F&& f) {
   const bool packed = aligned && run_length(shape) % kPack == 0;
-  const auto with_layout = [&](auto layout) { packed ? f(layout, Packed<kPack>{}) : f(layout, Packed<1>{}); };
+  const auto with_layout = [&](auto layout) {
+    packed ? f(layout, Packed<kPack>{}) : f(layout, Packed<1>{});
+  };
   if (shape.layout == Layout::kRows) {
     with_layout(std::integral_constant<Layout, Layout::kRows>{});
   } else {
@@ -63,7 +68,9 @@ T* typed_mutable(const at::Tensor& t) {
 }
 
 // Per-channel argument without gaps, or an undefined tensor.
-inline at::Tensor dense(const OptionalTensor& t) { return checks::is_present(t) ? t->contiguous() : at::Tensor(); }
+inline at::Tensor dense(const OptionalTensor& t) {
+  return checks::is_present(t) ? t->contiguous() : at::Tensor();
+}
 
 struct Params {
   at::Tensor gate, weight, bias;
@@ -74,7 +81,9 @@ struct Params {
   }
 };
 
-inline int64_t channel_blocks(int64_t channels) { return (channels + kChannelThreads - 1) / kChannelThreads; }
+inline int64_t channel_blocks(int64_t channels) {
+  return (channels + kChannelThreads - 1) / kChannelThreads;
+}
 
 }  // namespace pfs::cuda
 

@@ -1,5 +1,5 @@
-// The arithmetic of one value and the 16-byte packs that values travel in. Everything here runs on host and device alike, so
-// that it can be tested without a GPU.
+// The arithmetic of one value and the 16-byte packs that values travel in. Everything here runs on
+// host and device alike, so that it can be tested without a GPU.
 #ifndef PFS_CUDA_VECTOR_CUH_
 #define PFS_CUDA_VECTOR_CUH_
 
@@ -27,8 +27,9 @@ struct AccType<double> {
 template <typename T>
 using acc_t = typename AccType<T>::type;
 
-// Values per access where shape and address allow more than one: 16 bytes. Doubles, which serve to check the other types, go
-// one by one: their 8 bytes per thread are coalesced all the same, and a fifth of the kernels need not exist.
+// Values per access where shape and address allow more than one: 16 bytes. Doubles, which serve to
+// check the other types, go one by one: their 8 bytes per thread are coalesced all the same, and a
+// fifth of the kernels need not exist.
 template <typename T>
 inline constexpr int kPackSize = std::is_same_v<T, double> ? 1 : 16 / static_cast<int>(sizeof(T));
 
@@ -48,7 +49,8 @@ C10_HOST_DEVICE inline void store_pack(T* __restrict__ target, const Pack<T, V>&
   *reinterpret_cast<Pack<T, V>*>(target) = pack;
 }
 
-// 1 / sqrt(var + eps). The forward and backward kernels must call this very function, or z is not recomputed bit for bit.
+// 1 / sqrt(var + eps). The forward and backward kernels must call this very function, or z is not
+// recomputed bit for bit.
 C10_HOST_DEVICE inline float inverse_std(float var, float eps) {
 #ifdef __CUDA_ARCH__
   return ::rsqrtf(__fadd_rn(var, eps));
@@ -65,9 +67,14 @@ C10_HOST_DEVICE inline double inverse_std(double var, double eps) {
 #endif
 }
 
-C10_HOST_DEVICE inline float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
-C10_HOST_DEVICE inline double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
-// a / b to 2 units in the last place; 0 for b beyond 2^126, where the quotients taken here vanish anyway.
+C10_HOST_DEVICE inline float fused_multiply_add(float a, float b, float c) {
+  return ::fmaf(a, b, c);
+}
+C10_HOST_DEVICE inline double fused_multiply_add(double a, double b, double c) {
+  return ::fma(a, b, c);
+}
+// a / b to 2 units in the last place; 0 for b beyond 2^126, where the quotients taken here vanish
+// anyway.
 C10_HOST_DEVICE inline float quick_divide(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fdividef(a, b);
@@ -87,7 +94,8 @@ struct Affine {
   acc scale;  // gate * weight * rstd
   acc shift;  // gate * bias
 
-  // An explicit fma: left to the compiler, two kernels could round differently and disagree about the sign of z.
+  // An explicit fma: left to the compiler, two kernels could round differently and disagree about
+  // the sign of z.
   C10_HOST_DEVICE acc operator()(acc x) const { return fused_multiply_add(x - mean, scale, shift); }
 };
 
@@ -108,7 +116,8 @@ struct ChannelParams {
   }
 };
 
-// Two families instead of five activations keep the number of kernels down: within a family the choice is a value.
+// Two families instead of five activations keep the number of kernels down: within a family the
+// choice is a value.
 enum class ActFamily : int {
   kClamp = 0,   // identity, relu, relu6: clamp to [lo, hi]
   kSmooth = 1,  // silu, hardswish
@@ -158,7 +167,8 @@ C10_HOST_DEVICE inline acc activate_backward(acc grad_y, acc z, const ActParams<
     return clamp_passes(z, act) ? grad_y : acc(0);
   } else {
     if (act.is_hardswish) {
-      return z <= acc(-3) ? acc(0) : (z < acc(3) ? grad_y * (z * acc(1.0 / 3.0) + acc(0.5)) : grad_y);
+      return z <= acc(-3) ? acc(0)
+                          : (z < acc(3) ? grad_y * (z * acc(1.0 / 3.0) + acc(0.5)) : grad_y);
     }
     const acc sigmoid = quick_divide(acc(1), acc(1) + exponential(-z));
     return grad_y * sigmoid * (acc(1) + z * (acc(1) - sigmoid));

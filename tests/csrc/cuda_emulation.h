@@ -1,8 +1,10 @@
-// Runs the kernels of csrc/cuda on the host, one block after the other: each thread of a block is a fiber, and __syncthreads
-// hands over to the next fiber. Include it before any header of csrc/cuda; it takes the place of launch.cuh.
+// Runs the kernels of csrc/cuda on the host, one block after the other: each thread of a block is a
+// fiber, and __syncthreads hands over to the next fiber. Include it before any header of csrc/cuda;
+// it takes the place of launch.cuh.
 //
-// It finds wrong indexes, wrong arithmetic, barriers that not all threads reach, and results that depend on the order of
-// threads or blocks (run in both orders). It does not find what only a GPU does: data races inside a warp, launch limits.
+// It finds wrong indexes, wrong arithmetic, barriers that not all threads reach, and results that
+// depend on the order of threads or blocks (run in both orders). It does not find what only a GPU
+// does: data races inside a warp, launch limits.
 #pragma once
 
 #define PFS_CUDA_EMULATION
@@ -82,7 +84,9 @@ inline void run_block(int num_threads, const std::function<void()>& body) {
 
 }  // namespace pfs_emulation
 
-inline void __syncthreads() { swapcontext(&pfs_emulation::running->context, &pfs_emulation::scheduler); }
+inline void __syncthreads() {
+  swapcontext(&pfs_emulation::running->context, &pfs_emulation::scheduler);
+}
 
 namespace pfs::cuda {
 
@@ -93,8 +97,10 @@ class DeviceScope {
 };
 
 template <typename... Params, typename... Args>
-void launch(const DeviceScope&, void (*kernel)(Params...), int64_t grid_x, int64_t grid_y, int threads, Args&&... args) {
-  if (grid_x < 1 || grid_x > INT32_MAX || grid_y < 1 || grid_y > 65535) pfs_emulation::fail("no such grid");
+void launch(const DeviceScope&, void (*kernel)(Params...), int64_t grid_x, int64_t grid_y,
+            int threads, Args&&... args) {
+  if (grid_x < 1 || grid_x > INT32_MAX || grid_y < 1 || grid_y > 65535)
+    pfs_emulation::fail("no such grid");
   if (threads < 1 || threads > 1024) pfs_emulation::fail("no such block");
   gridDim = {static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), 1};
   blockDim = {static_cast<unsigned>(threads), 1, 1};

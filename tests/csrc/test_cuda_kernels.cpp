@@ -1,6 +1,4 @@
 // The CUDA kernels of bn_gate_act on the host, against float64. Needs neither a GPU nor ATen.
-#include "cuda_emulation.h"
-
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -8,7 +6,10 @@
 #include <string>
 #include <vector>
 
+// clang-format off: the emulation comes first, it replaces what the kernels would include.
+#include "cuda_emulation.h"
 #include "../../csrc/cuda/bn_gate_act_backward.cuh"
+// clang-format on
 
 namespace {
 
@@ -24,8 +25,8 @@ void expect(bool ok, const std::string& what) {
 }
 
 std::string describe(const Shape& s) {
-  return (s.layout == Layout::kRows ? "rows " : "planes ") + std::to_string(s.outer) + " x " + std::to_string(s.channels) +
-         " x " + std::to_string(s.plane);
+  return (s.layout == Layout::kRows ? "rows " : "planes ") + std::to_string(s.outer) + " x " +
+         std::to_string(s.channels) + " x " + std::to_string(s.plane);
 }
 
 // --- the walk over the tensor
@@ -42,7 +43,8 @@ void test_cursors_visit_every_value_once(const Shape& shape) {
         for (int i = 0; i < cursor.count(); ++i, cursor.advance()) {
           for (int v = 0; v < V; ++v) {
             ++visits.at(cursor.offset() + v);
-            channels_right &= shape.channel_at(cursor.offset() + v) == cursor.channel() + v % Cursor<kLayout, V>::kChannels;
+            channels_right &= shape.channel_at(cursor.offset() + v) ==
+                              cursor.channel() + v % Cursor<kLayout, V>::kChannels;
           }
         }
       }
@@ -53,7 +55,8 @@ void test_cursors_visit_every_value_once(const Shape& shape) {
   expect(once && channels_right, "cursors, V = " + std::to_string(V) + ", " + describe(shape));
 }
 
-// Offsets beyond 2^31, without the tensor: the last piece of the last block is the last of the tensor.
+// Offsets beyond 2^31, without the tensor: the last piece of the last block is the last of the
+// tensor.
 template <Layout kLayout, int V>
 void test_cursors_reach_the_end_of_huge_tensors(const Shape& shape) {
   const Grid grid = make_grid(shape, V);
@@ -64,11 +67,13 @@ void test_cursors_reach_the_end_of_huge_tensors(const Shape& shape) {
         Cursor<kLayout, V> cursor(grid, tile, split, thread);
         visited += cursor.count();
         if (tile + 1 < grid.tiles || split + 1 < grid.splits) continue;
-        for (int i = 0; i < cursor.count(); ++i, cursor.advance()) last = std::max(last, cursor.offset());
+        for (int i = 0; i < cursor.count(); ++i, cursor.advance())
+          last = std::max(last, cursor.offset());
       }
     }
   }
-  expect(visited * V == shape.numel() && last == shape.numel() - V, "huge cursors, " + describe(shape));
+  expect(visited * V == shape.numel() && last == shape.numel() - V,
+         "huge cursors, " + describe(shape));
 }
 
 // --- the operator
@@ -117,17 +122,19 @@ struct Operator {
     if constexpr (kEpilogue == Epilogue::kClampResidualMask) {
       const int64_t run = kLayout == Layout::kRows ? c.shape.channels : c.shape.plane;
       if (run % 8 != 0) {
-        launch(scope, apply_masked_flat_kernel<T>, 3, 1, kMaxThreads, x.data(), residual.data(), affine.data(), act, c.shape,
-               r.y.data(), r.mask.data());
+        launch(scope, apply_masked_flat_kernel<T>, 3, 1, kMaxThreads, x.data(), residual.data(),
+               affine.data(), act, c.shape, r.y.data(), r.mask.data());
         return;
       }
       const Grid grid = make_grid(c.shape, 8);
-      launch(scope, apply_kernel<T, 8, kLayout, kEpilogue>, grid.tiles, grid.splits, grid.threads(), x.data(),
-             residual.data(), affine.data(), act, grid, r.y.data(), static_cast<void*>(r.mask.data()));
+      launch(scope, apply_kernel<T, 8, kLayout, kEpilogue>, grid.tiles, grid.splits, grid.threads(),
+             x.data(), residual.data(), affine.data(), act, grid, r.y.data(),
+             static_cast<void*>(r.mask.data()));
     } else {
       const Grid grid = make_grid(c.shape, V);
-      launch(scope, apply_kernel<T, V, kLayout, kEpilogue>, grid.tiles, grid.splits, grid.threads(), x.data(),
-             residual.data(), affine.data(), act, grid, r.y.data(), static_cast<void*>(r.pre_act.data()));
+      launch(scope, apply_kernel<T, V, kLayout, kEpilogue>, grid.tiles, grid.splits, grid.threads(),
+             x.data(), residual.data(), affine.data(), act, grid, r.y.data(),
+             static_cast<void*>(r.pre_act.data()));
     }
   }
 
@@ -137,39 +144,51 @@ struct Operator {
     const Grid grid = make_grid(c.shape, V);
     const ChannelParams<acc> params{gate.data(), weight.data(), bias.data()};
     const auto act = act_params<acc>(c.act);
-    std::vector<acc> partial(2 * grid.splits * channels, poison()), coefficients(kNumGradRows * channels + 4, poison());
-    launch(scope, grad_sums_kernel<T, V, kLayout, kSource>, grid.tiles, grid.splits, grid.threads(), grad_y.data(), x.data(),
-           aux, r.mean.data(), r.var.data(), params, static_cast<acc>(kEps), act, grid, partial.data());
-    launch(scope, channel_grads_kernel<acc>, (channels + 7) / 8, 1, kMaxThreads, partial.data(), grid.splits, c.shape,
-           r.mean.data(), r.var.data(), params, c.training, static_cast<acc>(kEps),
-           ChannelGrads<acc>{r.grad_gate.data(), r.grad_weight.data(), r.grad_bias.data()}, coefficients.data());
-    launch(scope, apply_backward_kernel<T, V, kLayout, kSource>, grid.tiles, grid.splits, grid.threads(), grad_y.data(),
-           x.data(), aux, coefficients.data(), act, c.training, grid, r.grad_x.data(), r.grad_residual.data());
+    std::vector<acc> partial(2 * grid.splits * channels, poison()),
+        coefficients(kNumGradRows * channels + 4, poison());
+    launch(scope, grad_sums_kernel<T, V, kLayout, kSource>, grid.tiles, grid.splits, grid.threads(),
+           grad_y.data(), x.data(), aux, r.mean.data(), r.var.data(), params,
+           static_cast<acc>(kEps), act, grid, partial.data());
+    launch(scope, channel_grads_kernel<acc>, (channels + 7) / 8, 1, kMaxThreads, partial.data(),
+           grid.splits, c.shape, r.mean.data(), r.var.data(), params, c.training,
+           static_cast<acc>(kEps),
+           ChannelGrads<acc>{r.grad_gate.data(), r.grad_weight.data(), r.grad_bias.data()},
+           coefficients.data());
+    launch(scope, apply_backward_kernel<T, V, kLayout, kSource>, grid.tiles, grid.splits,
+           grid.threads(), grad_y.data(), x.data(), aux, coefficients.data(), act, c.training, grid,
+           r.grad_x.data(), r.grad_residual.data());
   }
 
   Result<T> operator()() const {
     const int64_t channels = c.shape.channels;
     const std::vector<T> values(x.size(), static_cast<T>(poison()));
     const std::vector<acc> per_channel(channels, poison());
-    Result<T> r{values,      values,      values,      per_channel, per_channel, per_channel,
-                per_channel, per_channel, std::vector<uint8_t>((c.shape.numel() + 7) / 8, 0xFF), values};
+    Result<T> r{values,      values,      values,
+                per_channel, per_channel, per_channel,
+                per_channel, per_channel, std::vector<uint8_t>((c.shape.numel() + 7) / 8, 0xFF),
+                values};
     const Grid grid = make_grid(c.shape, V);
-    std::vector<acc> partial(2 * grid.splits * channels, poison()), affine(kNumAffineRows * channels + 4, poison());
-    launch(scope, batch_moments_kernel<T, V, kLayout>, grid.tiles, grid.splits, grid.threads(), x.data(), grid,
-           partial.data());
-    launch(scope, channel_affine_kernel<T>, (channels + 7) / 8, 1, kMaxThreads, x.data(), grid, partial.data(),
-           running_mean.data(), running_var.data(), ChannelParams<acc>{gate.data(), weight.data(), bias.data()}, c.training,
+    std::vector<acc> partial(2 * grid.splits * channels, poison()),
+        affine(kNumAffineRows * channels + 4, poison());
+    launch(scope, batch_moments_kernel<T, V, kLayout>, grid.tiles, grid.splits, grid.threads(),
+           x.data(), grid, partial.data());
+    launch(scope, channel_affine_kernel<T>, (channels + 7) / 8, 1, kMaxThreads, x.data(), grid,
+           partial.data(), running_mean.data(), running_var.data(),
+           ChannelParams<acc>{gate.data(), weight.data(), bias.data()}, c.training,
            static_cast<acc>(kEps), r.mean.data(), r.var.data(), affine.data());
     const AuxKind kind = aux_kind(c.act, c.has_residual);
     if constexpr (kFamily == ActFamily::kSmooth) {
-      c.has_residual ? apply<Epilogue::kSmoothResidual>(affine, r) : apply<Epilogue::kSmooth>(affine, r);
-      kind == AuxKind::kPreAct ? backward<Source::kPreAct>(r, r.pre_act.data()) : backward<Source::kSmooth>(r, nullptr);
+      c.has_residual ? apply<Epilogue::kSmoothResidual>(affine, r)
+                     : apply<Epilogue::kSmooth>(affine, r);
+      kind == AuxKind::kPreAct ? backward<Source::kPreAct>(r, r.pre_act.data())
+                               : backward<Source::kSmooth>(r, nullptr);
     } else {
       if (kind == AuxKind::kBitmask) {
         apply<Epilogue::kClampResidualMask>(affine, r);
         backward<Source::kMask>(r, r.mask.data());
       } else {
-        c.has_residual ? apply<Epilogue::kClampResidual>(affine, r) : apply<Epilogue::kClamp>(affine, r);
+        c.has_residual ? apply<Epilogue::kClampResidual>(affine, r)
+                       : apply<Epilogue::kClamp>(affine, r);
         backward<Source::kClamp>(r, nullptr);
       }
     }
@@ -184,7 +203,9 @@ struct Error {
     reference += expected * expected;
   }
   // NaN, left by an element that nobody wrote, fails every comparison.
-  bool within(double tolerance, double floor) const { return std::sqrt(squares) <= tolerance * std::sqrt(reference) + floor; }
+  bool within(double tolerance, double floor) const {
+    return std::sqrt(squares) <= tolerance * std::sqrt(reference) + floor;
+  }
 };
 
 template <typename T, Layout kLayout, int V, ActFamily kFamily>
@@ -192,13 +213,16 @@ void test_operator_agrees_with_float64(const Case& c) {
   using acc = acc_t<T>;
   const Shape& s = c.shape;
   const int64_t numel = s.numel(), channels = s.channels, count = s.values_per_channel();
-  const auto x = draw<T>(numel, c.mean, 1, 1), residual = draw<T>(numel, 0, 1, 2), grad_y = draw<T>(numel, 0, 1, 3);
+  const auto x = draw<T>(numel, c.mean, 1, 1), residual = draw<T>(numel, 0, 1, 2),
+             grad_y = draw<T>(numel, 0, 1, 3);
   auto gate = draw<acc>(channels, 1, 0.3, 4);
   const auto weight = draw<acc>(channels, 1, 0.5, 5), bias = draw<acc>(channels, 0, 0.5, 6);
-  const auto running_mean = draw<acc>(channels, c.mean, 0.1, 7), running_var = draw<acc>(channels, 2, 0.1, 8);
+  const auto running_mean = draw<acc>(channels, c.mean, 0.1, 7),
+             running_var = draw<acc>(channels, 2, 0.1, 8);
   gate[channels / 2] = 0;
 
-  const Operator<T, kLayout, V, kFamily> op{c, x, residual, grad_y, gate, weight, bias, running_mean, running_var};
+  const Operator<T, kLayout, V, kFamily> op{c,      x,    residual,     grad_y,     gate,
+                                            weight, bias, running_mean, running_var};
   pfs_emulation::reverse_order = false;
   const Result<T> r = op();
   pfs_emulation::reverse_order = true;
@@ -208,10 +232,13 @@ void test_operator_agrees_with_float64(const Case& c) {
     for (int64_t i = 0; i < size; ++i) equal &= a[i] == b[i];
     return equal;
   };
-  const std::string name = describe(s) + ", V = " + std::to_string(V) + ", " + std::to_string(sizeof(T)) + " bytes, act " +
-                           std::to_string(static_cast<int>(c.act)) + (c.has_residual ? ", residual" : "") +
-                           (c.training ? ", training" : ", eval") + ", mean " + std::to_string(c.mean);
-  expect(same(r.y, again.y, numel) && same(r.grad_x, again.grad_x, numel) && same(r.grad_gate, again.grad_gate, channels),
+  const std::string name =
+      describe(s) + ", V = " + std::to_string(V) + ", " + std::to_string(sizeof(T)) +
+      " bytes, act " + std::to_string(static_cast<int>(c.act)) +
+      (c.has_residual ? ", residual" : "") + (c.training ? ", training" : ", eval") + ", mean " +
+      std::to_string(c.mean);
+  expect(same(r.y, again.y, numel) && same(r.grad_x, again.grad_x, numel) &&
+             same(r.grad_gate, again.grad_gate, channels),
          "order of threads matters: " + name);
 
   const double infinity = std::numeric_limits<double>::infinity();
@@ -243,11 +270,13 @@ void test_operator_agrees_with_float64(const Case& c) {
       y.add(d(r.y[i]), activate<kFamily>(z, act));
       const AuxKind kind = aux_kind(c.act, c.has_residual);
       if (kFamily == ActFamily::kSmooth) {
-        // The derivative is taken where the operator took it, so that rounding of a saved z is not counted.
+        // The derivative is taken where the operator took it, so that rounding of a saved z is not
+        // counted.
         if (kind == AuxKind::kPreAct) z = d(r.pre_act[i]);
       } else if (kind == AuxKind::kBitmask) {
         const bool bit = r.mask[i / 8] >> (i % 8) & 1;
-        const double to_edge = std::min(std::abs(z), c.act == Act::kRelu6 ? std::abs(z - 6) : infinity);
+        const double to_edge =
+            std::min(std::abs(z), c.act == Act::kRelu6 ? std::abs(z - 6) : infinity);
         wrong_bits += bit != clamp_passes(z, act) && to_edge > 1e-3;
         z = bit ? 1 : -1;
       } else if (c.act != Act::kIdentity && std::abs(z) < 1e-5) {
@@ -273,7 +302,8 @@ void test_operator_agrees_with_float64(const Case& c) {
 
   // One rounding of the result to T; sums in acc, whose rounding grows with a large mean.
   const bool is_double = sizeof(T) == 8;
-  const double accumulated = (is_double ? 1e-13 : 1e-6) * (1 + c.mean / 10), rounded = sizeof(T) == 2 ? 4e-3 : accumulated;
+  const double accumulated = (is_double ? 1e-13 : 1e-6) * (1 + c.mean / 10),
+               rounded = sizeof(T) == 2 ? 4e-3 : accumulated;
   const double floor = accumulated * std::sqrt(static_cast<double>(numel));
   expect(mean_error <= accumulated, "mean: " + name);
   expect(var.within(accumulated, 0), "var: " + name);
