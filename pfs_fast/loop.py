@@ -13,7 +13,7 @@ from torch import Tensor
 from .batches import Loader, check_labels, checked_batches, label_message, split_outputs
 from .compaction import Compaction
 from .config import SearchConfig
-from .errors import LoaderError, NonFiniteLossError
+from .errors import LoaderError, NonFiniteLossError, PfsError
 from .gated import GatedNetwork
 from .gates import GateBank, GateState
 from .objective import cross_entropy
@@ -80,6 +80,7 @@ class SearchLoop:
         self.device = bank.state.values.device
         self._scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
         self._good = self.gates()
+        self._shape: torch.Size | None = None
         self._window = _Window(self.device)
         self._started = time.perf_counter()
 
@@ -92,7 +93,7 @@ class SearchLoop:
             LoaderError: Labels do not fit the network's classes.
             NonFiniteLossError: On the CPU at once, on CUDA at the next ``entry`` (reading the loss would stall the device).
         """
-        logits, _ = split_outputs(self.network(self._place(images)), len(images), "search")
+        logits = self._logits(images)
         labels, bad_label = self._check_labels(labels, logits)
         loss = cross_entropy(logits, labels)
         self._window.add(loss, logits, labels, bad_label, self.state.steps + 1)
@@ -135,6 +136,21 @@ class SearchLoop:
             return False
         self.compaction.leave_out(keep)
         return True
+
+    def _logits(self, images: Tensor) -> Tensor:
+        try:
+            outputs = self.network(self._place(images))
+        except (PfsError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError) as error:
+            if images.shape == self._shape:  # the same went well before
+                raise
+            raise LoaderError(
+                f"search: images must fit the model in every batch, got shape {list(images.shape)}: {error}; resize them, or "
+                "set drop_last for a last batch that is too small for batch statistics"
+            ) from error
+        self._shape = images.shape
+        return split_outputs(outputs, len(images), "search")[0]
 
     def _place(self, images: Tensor) -> Tensor:
         layout = torch.preserve_format
@@ -179,8 +195,13 @@ class SearchLoop:
             "channels": len(self.compaction.present),
             "seconds": round(self.seconds, 3),
         }
-        if bool(torch.isfinite(self.state.gates.values).all()):
-            self._good = self.gates()
+        if not bool(torch.isfinite(self.state.gates.values).all()):
+            raise NonFiniteLossError(
+                f"search: gates must be finite, got NaN by step {self.state.steps} though the loss was finite: its gradient is "
+                "not, as that of sqrt or a division at 0; change that operation, or use precision='fp32' (now "
+                f"{self.config.precision})"
+            )
+        self._good = self.gates()
         history.append(entry)
         return entry
 
@@ -221,7 +242,7 @@ class SearchLoop:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         seen = 0
         for images, labels in checked_batches(loader, "search", name="val_loader"):
-            logits, _ = split_outputs(self.network(self._place(images)), len(images), "search")
+            logits = self._logits(images)
             labels, _ = self._check_labels(labels, logits)
             correct += _num_correct(logits, labels)
             seen += len(images)
