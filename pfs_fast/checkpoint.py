@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .config import SearchConfig
-from .errors import FileFormatError
+from .errors import FileFormatError, FileWriteError
 from .files import read_safetensors, write_safetensors
 from .groups import ChannelGroups
 from .loop import SearchLoop
@@ -30,6 +30,10 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], loop: SearchLoop, fingerprint: str) -> None:
         self._path, self._loop, self._fingerprint = Path(path), loop, fingerprint
+        if not self._path.absolute().parent.is_dir():  # now, not after an epoch's work
+            raise FileWriteError(
+                f"search: checkpoint must lie in an existing folder, got '{path}'; create '{self._path.parent}'"
+            )
 
     def save(self) -> None:
         state = self._loop.state
