@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -221,14 +220,29 @@ class SearchResult:
                 f"SearchResult.load: path must hold a whole search result, got '{path}' with {type(error).__name__}: "
                 f"{error}; save the result again"
             ) from error
-        if len(result.flat_gates) != groups.num_units or len(result.died_at) != groups.num_units:
-            raise FileFormatError(
-                f"SearchResult.load: path must hold {groups.num_units} gates, got {len(result.flat_gates)} and "
-                f"{len(result.died_at)} times of death in '{path}'; save the result again"
-            )
+        _check_values(path, result)
         if model is not None:
             _check_model(path, groups, model)
         return result
+
+
+def _check_values(path: str | os.PathLike[str], result: SearchResult) -> None:
+    gates, died_at, count = result.flat_gates, result.died_at, result.groups.num_units
+    if gates.shape != (count,) or died_at.shape != (count,):
+        raise FileFormatError(
+            f"SearchResult.load: path must hold {count} gates, got {list(gates.shape)} and times of death "
+            f"{list(died_at.shape)} in '{path}'; save the result again"
+        )
+    in_range = gates.is_floating_point() and bool(((gates >= 0) & (gates <= 1)).all())
+    if not in_range or died_at.is_floating_point():
+        raise FileFormatError(
+            f"SearchResult.load: path must hold gates in [0, 1] and whole steps, got gates of {gates.dtype} and steps of "
+            f"{died_at.dtype} in '{path}', or values outside; save the result again"
+        )
+    if not isinstance(result.history, list) or not all(isinstance(e, dict) for e in result.history):
+        raise FileFormatError(
+            f"SearchResult.load: path must hold a history of entries, got another form in '{path}'; save the result again"
+        )
 
 
 def _check_model(path: str | os.PathLike[str], groups: ChannelGroups, model: nn.Module) -> None:
