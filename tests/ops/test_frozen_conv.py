@@ -62,8 +62,9 @@ def test_gradient_keeps_the_layout_of_x(name, weight_last, dtype, device):
         y = ops.frozen_conv(x, weight, **options)
         (grad_x,) = torch.autograd.grad(y.sum(), x)
         assert grad_x.is_contiguous(memory_format=memory_format)
-        if memory_format == last:
-            assert y.is_contiguous(memory_format=last)
+        # PyTorch's float64 conv3d drops channels_last; every other one keeps it.
+        own = reference.frozen_conv(x, weight, **options)
+        assert y.stride() == own.stride()
 
 
 def test_saves_only_the_weight(device):
