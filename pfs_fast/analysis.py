@@ -31,7 +31,9 @@ class ChannelGraph:
     propagation: Propagation
 
 
-def analyse(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...]) -> ChannelGroups:
+def analyse(
+    model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...]
+) -> ChannelGroups:
     """Find the prunable channel groups of a model.
 
     Args:
@@ -44,7 +46,9 @@ def analyse(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, 
     return channel_graph(model, example_input).groups
 
 
-def channel_graph(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...]) -> ChannelGraph:
+def channel_graph(
+    model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...]
+) -> ChannelGraph:
     """``analyse`` with everything that attaching gates needs besides."""
     traced = trace(model, example_input)
     propagation = Propagation(traced)
@@ -58,10 +62,13 @@ def channel_graph(model: nn.Module, example_input: torch.Tensor | tuple[torch.Te
     layers = tuple(
         _layer(name, modules[name], use, unit_of_label) for name, use in constraints.layers.items()
     )
-    layer_macs = sum(la.macs_per_pair * len(la.out_units) * len(la.in_units) // la.conv_groups for la in layers)
+    layer_macs = sum(
+        la.macs_per_pair * len(la.out_units) * len(la.in_units) // la.conv_groups for la in layers
+    )
     # The remainder, below 0 where layers share a weight: whatever is counted twice or computed is held whole.
     other_params = traced.params - sum(
-        la.params_per_pair * len(la.out_units) * len(la.in_units) // la.conv_groups + la.params_per_out * len(la.out_units)
+        la.params_per_pair * len(la.out_units) * len(la.in_units) // la.conv_groups
+        + la.params_per_out * len(la.out_units)
         for la in layers
     )
     return ChannelGraph(
@@ -122,7 +129,9 @@ def _groups(
     for axis in np.unique(axis_root):
         producers = [names[i] for i in np.flatnonzero(axis_root == axis)]
         roots = [root[c.producers[name]] for name in producers]
-        every = np.unique(np.concatenate(roots))  # ascending: the order of the first producer's channels
+        every = np.unique(
+            np.concatenate(roots)
+        )  # ascending: the order of the first producer's channels
         reason = next((reasons[r] for r in every if r in reasons), None)
         if reason is not None:
             fixed += [(name, reason) for name in producers]
@@ -131,7 +140,14 @@ def _groups(
         per_unit = max(int(np.unique(r, return_counts=True)[1].max()) for r in roots)
         groups.append(
             ChannelGroup(
-                producers[0], start, len(every), tuple(producers), (), (), bool(residual[every].any()), per_unit
+                producers[0],
+                start,
+                len(every),
+                tuple(producers),
+                (),
+                (),
+                bool(residual[every].any()),
+                per_unit,
             )
         )
         start += len(every)
@@ -149,7 +165,9 @@ def _reasons(c: Constraints, root: np.ndarray) -> dict[int, str]:
     return reasons
 
 
-def _with_layers(groups: list[ChannelGroup], c: Constraints, unit_of_label: np.ndarray) -> tuple[ChannelGroup, ...]:
+def _with_layers(
+    groups: list[ChannelGroup], c: Constraints, unit_of_label: np.ndarray
+) -> tuple[ChannelGroup, ...]:
     group_of_unit = np.repeat(np.arange(len(groups)), [g.size for g in groups])
     followers: list[list[str]] = [[] for _ in groups]
     consumers: list[list[str]] = [[] for _ in groups]
@@ -164,7 +182,14 @@ def _with_layers(groups: list[ChannelGroup], c: Constraints, unit_of_label: np.n
             (followers if through else consumers)[g].append(name)
     return tuple(
         ChannelGroup(
-            g.name, g.start, g.size, g.producers, tuple(followers[i]), tuple(consumers[i]), g.residual, g.channels_per_unit
+            g.name,
+            g.start,
+            g.size,
+            g.producers,
+            tuple(followers[i]),
+            tuple(consumers[i]),
+            g.residual,
+            g.channels_per_unit,
         )
         for i, g in enumerate(groups)
     )
@@ -179,5 +204,13 @@ def _layer(name: str, module: nn.Module, use: LayerUse, unit_of_label: np.ndarra
         return Layer(name, "linear", out_units, in_units, 1, False, use.positions, 1, bias)
     volume = int(np.prod(module.kernel_size))
     return Layer(
-        name, "conv", out_units, in_units, module.groups, use.depthwise, volume * use.positions, volume, bias
+        name,
+        "conv",
+        out_units,
+        in_units,
+        module.groups,
+        use.depthwise,
+        volume * use.positions,
+        volume,
+        bias,
     )

@@ -55,8 +55,12 @@ class Constraints:
     """Everything that decides units and groups."""
 
     num_labels: int = 1
-    pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # live and die together
-    ties: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # the same number must stay
+    pairs: list[tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=list
+    )  # live and die together
+    ties: list[tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=list
+    )  # the same number must stay
     fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     residual: list[np.ndarray] = field(default_factory=list)
     layers: dict[str, LayerUse] = field(default_factory=dict)
@@ -68,8 +72,12 @@ class Propagation:
 
     def __init__(self, traced: TracedModel) -> None:
         self.constraints = Constraints()
-        self.inputs: dict[tuple[int, str], Value] = {}  # (graph index, node name) -> value that enters a batch norm
-        self.outputs: dict[tuple[int, str], Value] = {}  # (graph index, node name) -> value that leaves a node
+        self.inputs: dict[
+            tuple[int, str], Value
+        ] = {}  # (graph index, node name) -> value that enters a batch norm
+        self.outputs: dict[
+            tuple[int, str], Value
+        ] = {}  # (graph index, node name) -> value that leaves a node
         self._modules = dict(traced.train.named_modules())
         self._shared = _shared_weights(traced.train)
         for index, graph_module in enumerate(traced.graphs):
@@ -113,7 +121,9 @@ class Propagation:
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._modules[node.target] if node.op == "call_module" else None
 
-    def _operation(self, node: fx.Node, name: str, args: tuple, kwargs: dict, values: list[Value]) -> Any:
+    def _operation(
+        self, node: fx.Node, name: str, args: tuple, kwargs: dict, values: list[Value]
+    ) -> Any:
         meta = node.meta["val"]
         if name == "getitem" and not isinstance(args[0], Value):
             return args[0][args[1]]  # one of several results
@@ -129,7 +139,11 @@ class Propagation:
         if name in rules.ELEMENTWISE and len(values) == 1:
             zero = x.zero and name in rules.BOUNDED and self._maps_zero_to_zero(node)
             return Value(x.shape, x.dim, x.labels, zero)
-        if name == "prelu" and node.op == "call_module" and self._modules[node.target].num_parameters == 1:
+        if (
+            name == "prelu"
+            and node.op == "call_module"
+            and self._modules[node.target].num_parameters == 1
+        ):
             return x
         if name in rules.ADDITIVE | rules.MULTIPLICATIVE | rules.DIVISION:
             return self._binary(node, name, args, kwargs)
@@ -162,7 +176,12 @@ class Propagation:
         if depthwise:
             # A depth multiplier gives every input channel several outputs, side by side.
             read = self._read(x, dim, module.in_channels, node.target)
-            out = self._reuse(node.target, np.repeat(read, module.out_channels // module.in_channels), read, positions)
+            out = self._reuse(
+                node.target,
+                np.repeat(read, module.out_channels // module.in_channels),
+                read,
+                positions,
+            )
             self.constraints.layers[node.target].depthwise = True
             return _value(shape, dim, out)
         read = self._mix(x, dim, module.in_channels, node.target)
@@ -253,9 +272,13 @@ class Propagation:
         names = ("input", "other")[len(args) :]
         args = (*args[:2], *(kwargs[n] for n in names if n in kwargs))
         if len(args) < 2:
-            return self._refuse(node, _flatten((args, kwargs)), f"the operands of '{node.name}' are not understood")
+            return self._refuse(
+                node, _flatten((args, kwargs)), f"the operands of '{node.name}' are not understood"
+            )
         operands = [a for a in args if isinstance(a, Value)]
-        aligned = [(v, None if v.dim is None else v.dim + len(shape) - len(v.shape)) for v in operands]
+        aligned = [
+            (v, None if v.dim is None else v.dim + len(shape) - len(v.shape)) for v in operands
+        ]
         labelled = [(v, d) for v, d in aligned if d is not None]
         zero = all(v.zero and v.dim is not None for v in operands) and len(operands) == 2
         if name in rules.MULTIPLICATIVE:
@@ -263,17 +286,25 @@ class Propagation:
         elif name in rules.DIVISION:  # 0 / x, never x / 0
             zero = isinstance(args[0], Value) and args[0].dim is not None and args[0].zero
             if isinstance(args[1], Value) and args[1].dim is not None:
-                return self._refuse(node, operands, f"'{node.name}' divides by a channel that may be dropped")
+                return self._refuse(
+                    node, operands, f"'{node.name}' divides by a channel that may be dropped"
+                )
         if len(labelled) == 1:
             (x, dim), other = labelled[0], next((v for v in operands if v.dim is None), None)
             if other is not None and _size_at(other.shape, dim, len(shape)) > 1:
-                return self._refuse(node, [x], f"'{node.name}' combines it with a tensor of fixed size")
+                return self._refuse(
+                    node, [x], f"'{node.name}' combines it with a tensor of fixed size"
+                )
             if shape[dim] != len(x.labels):
                 return self._refuse(node, [x], f"'{node.name}' broadcasts a single channel")
             return Value(shape, dim, x.labels, zero)
         (a, dim_a), (b, dim_b) = labelled
         if dim_a != dim_b or len(a.labels) != len(b.labels):
-            return self._refuse(node, operands, f"'{node.name}' combines channels of different dimensions or numbers")
+            return self._refuse(
+                node,
+                operands,
+                f"'{node.name}' combines channels of different dimensions or numbers",
+            )
         self._couple(a.labels, b.labels)
         if name in rules.ADDITIVE:
             self.constraints.residual += [a.labels, b.labels]
@@ -297,11 +328,16 @@ class Propagation:
         labelled = [v for v in tensors if v.dim is not None]
         zero = all(v.zero for v in labelled)
         if all(v.dim == dim for v in labelled):
-            parts = [v.labels if v.dim == dim else np.zeros(v.shape[dim], dtype=np.int64) for v in tensors]
+            parts = [
+                v.labels if v.dim == dim else np.zeros(v.shape[dim], dtype=np.int64)
+                for v in tensors
+            ]
             return Value(shape, dim, np.concatenate(parts), zero)
         first = labelled[0]
         if len(labelled) < len(tensors) or any(v.dim != first.dim for v in labelled):
-            return self._refuse(node, list(tensors), f"'{node.name}' joins it along another dimension")
+            return self._refuse(
+                node, list(tensors), f"'{node.name}' joins it along another dimension"
+            )
         for v in labelled[1:]:
             self._couple(first.labels, v.labels)
         return Value(shape, first.dim, first.labels, zero)
@@ -344,11 +380,19 @@ class Propagation:
         outputs = moved if isinstance(moved, (tuple, list)) else (moved,)
         results = [self._settle(node, name, x, out) for out in outputs]
         if any(r is None for r in results):
-            return self._refuse(node, [x], f"'{node.name}' ({name}) cuts the channels at fixed places")
-        if isinstance(moved, (tuple, list)) and results[0].dim is not None and len(results[0].labels) < len(x.labels):
+            return self._refuse(
+                node, [x], f"'{node.name}' ({name}) cuts the channels at fixed places"
+            )
+        if (
+            isinstance(moved, (tuple, list))
+            and results[0].dim is not None
+            and len(results[0].labels) < len(x.labels)
+        ):
             # Pieces of equal size: each must keep as many channels as the others.
             if name not in ("chunk", "tensor_split") or len({len(r.labels) for r in results}) > 1:
-                return self._refuse(node, [x], f"'{node.name}' ({name}) cuts the channels at fixed places")
+                return self._refuse(
+                    node, [x], f"'{node.name}' ({name}) cuts the channels at fixed places"
+                )
             for other in results[1:]:
                 self.constraints.ties.append((results[0].labels, other.labels))
         return type(moved)(results) if isinstance(moved, (tuple, list)) else results[0]
@@ -362,7 +406,11 @@ class Propagation:
             if label != NONE and len(x.labels) > 1:
                 return None  # one channel picked by its index
             ones = [d for d in range(len(shape)) if shape[d] == 1]
-            return Value(shape) if label == NONE else Value(shape, ones[0] if ones else None, np.array([label]), x.zero)
+            return (
+                Value(shape)
+                if label == NONE
+                else Value(shape, ones[0] if ones else None, np.array([label]), x.zero)
+            )
         free = [d for d in varying if self._size_is_free(node, name, d, shape, x)]
         if not free:
             return None
@@ -379,7 +427,9 @@ class Propagation:
                 self.constraints.ties.append((labels, x.labels[row]))
         return Value(shape, dim, labels, x.zero)
 
-    def _size_is_free(self, node: fx.Node, name: str, dim: int, shape: tuple[int, ...], x: Value) -> bool:
+    def _size_is_free(
+        self, node: fx.Node, name: str, dim: int, shape: tuple[int, ...], x: Value
+    ) -> bool:
         """Whether the output size along ``dim`` follows the channels: computed from them, -1 or implied, not a number."""
         if name == "unflatten":
             return False
@@ -389,10 +439,16 @@ class Propagation:
         if len(sizes) == 1 and isinstance(sizes[0], (tuple, list, torch.Size)):
             sizes = sizes[0]
         if len(sizes) == 1 and isinstance(sizes[0], fx.Node):
-            return name != "expand" and self._counts_channels(sizes[0], x)  # a whole shape that was computed
+            return name != "expand" and self._counts_channels(
+                sizes[0], x
+            )  # a whole shape that was computed
         if len(sizes) != len(shape):
             return False
-        return sizes[dim] == -1 if not isinstance(sizes[dim], fx.Node) else self._counts_channels(sizes[dim], x)
+        return (
+            sizes[dim] == -1
+            if not isinstance(sizes[dim], fx.Node)
+            else self._counts_channels(sizes[dim], x)
+        )
 
     def _counts_channels(self, size: fx.Node, x: Value) -> bool:
         """Whether a size was computed from tensors with the channels of ``x``: another tensor may keep another number."""
@@ -484,4 +540,9 @@ def _shared_weights(root: nn.Module) -> dict[str, str]:
         weight = module._parameters.get("weight")
         if weight is not None:
             holders[id(weight)].append(name)
-    return {n: next(m for m in names if m != n) for names in holders.values() if len(names) > 1 for n in names}
+    return {
+        n: next(m for m in names if m != n)
+        for names in holders.values()
+        if len(names) > 1
+        for n in names
+    }

@@ -133,7 +133,8 @@ def _trace_mode(model: nn.Module) -> fx.GraphModule:
     tracer = _Tracer()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings about traced control flow become errors below if they matter
+            # What traced control flow warns of becomes an error below if it matters.
+            warnings.simplefilter("ignore")
             graph = tracer.trace(model)
     except Exception as error:  # whatever the user's forward raises under tracing
         where = tracer.path[-1] if tracer.path else "the model itself"
