@@ -1,8 +1,10 @@
 """pfs_fast: slim CNNs by Pruning from Scratch (Wang et al., AAAI 2020, arXiv 1909.12579).
 
-result = pfs_fast.search(model, loader, budget=0.5)   # train one gate per channel of a random, frozen network
-slim = result.slim()                                  # plain nn.Module with fewer channels, fresh weights
-pfs_fast.train(slim, train_loader, val_loader)        # from scratch
+Train one gate per channel of a random, frozen network, cut it to a budget, train what is left from scratch::
+
+    result = pfs_fast.search(model, loader, budget=0.5)
+    slim = result.slim()  # plain nn.Module with fewer channels, fresh weights
+    pfs_fast.train(slim, train_loader, val_loader)
 """
 
 from __future__ import annotations
