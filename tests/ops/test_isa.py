@@ -43,7 +43,9 @@ torch.save(results, sys.argv[3])
 
 
 def run_with(isa: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PFS_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # The package under test, which need not be that of the source tree.
+    package = str(Path(_library.__file__).parents[1])
+    env = {**os.environ, "PFS_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
