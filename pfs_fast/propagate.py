@@ -72,9 +72,6 @@ class Propagation:
 
     def __init__(self, traced: TracedModel) -> None:
         self.constraints = Constraints()
-        self.inputs: dict[
-            tuple[int, str], Value
-        ] = {}  # (graph index, node name) -> value that enters a batch norm
         self.outputs: dict[
             tuple[int, str], Value
         ] = {}  # (graph index, node name) -> value that leaves a node
@@ -97,8 +94,6 @@ class Propagation:
                 self.outputs[index, node.name] = result
                 if rules.writes_in_place(node, self._module(node)):
                     env[node.args[0]] = result  # later readers of the operand see the new values
-            if node.op == "call_module" and isinstance(self._modules[node.target], _BatchNorm):
-                self.inputs[index, node.name] = _input(args, kwargs)
 
     def _node(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         if node.op in ("placeholder", "get_attr"):
