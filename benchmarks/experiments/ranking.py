@@ -1,0 +1,230 @@
+"""Which channels deserve the budget? Cuts one search by several rules to equal MACs, and trains what each rule leaves.
+
+Run: ``python -m benchmarks.experiments.ranking --data cifar10.npz --network resnet20 --out runs/ranking``. Every search and every
+training is written when it ends, and skipped when the command is given again; ``--worker 0/2`` and ``--worker 1/2`` share
+the trainings between two processes. ``--report`` prints the table of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import pfs_fast as pfs
+from benchmarks.experiments.ranking_rules import RULES, Measured
+from pfs_fast.cost import CostModel
+from pfs_fast.groups import ChannelGroups
+from pfs_fast.loop import SearchLoop
+from pfs_fast.plan import prepare
+from pfs_fast.solver import solve
+from pfs_fast.structure import Structure
+
+NETWORKS = {"resnet20": ("resnet20", 1.0), "vgg16-0.25": ("vgg16", 0.25)}
+WATCHED_STEPS = 50  # steps at either end whose gradients are averaged
+
+
+def network(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    factory, expansion = NETWORKS[name]
+    return pfs.models.get(factory, num_classes=10, expansion=expansion)
+
+
+def loaders(
+    path: Path, images: int, seed: int
+) -> tuple[pfs.data.DeviceLoader, pfs.data.DeviceLoader]:
+    """The first ``images`` training images, and all test images."""
+    data = np.load(path)
+    statistics = {"mean": pfs.data.CIFAR10_MEAN, "std": pfs.data.CIFAR10_STD, "num_classes": 10}
+    train = pfs.data.DeviceLoader(
+        data["x_train"][:images],
+        data["y_train"][:images],
+        128,
+        train=True,
+        seed=seed,
+        drop_last=True,
+        **statistics,
+    )
+    test = pfs.data.DeviceLoader(data["x_test"], data["y_test"], 500, train=False, **statistics)
+    return train, test
+
+
+def search(
+    name: str, seed: int, train: pfs.data.DeviceLoader, steps: int, share: float
+) -> Measured:
+    """The gate search with scope "all", and the gradients that it passed by."""
+    config = pfs.SearchConfig(scope="all", target=share, precision="fp32", seed=seed)
+    first = next(iter(train))[0]
+    plan = prepare(
+        network(name, seed), first, pfs.Budget(share), config, device=torch.device("cpu")
+    )
+    loop, watched = plan.loop, {"early": [], "late": []}
+    torch.manual_seed(seed)
+    epoch = 0
+    while loop.state.steps < steps:
+        train.set_epoch(epoch)
+        for images, labels in train:
+            if loop.state.steps == steps:
+                break
+            before = loop.gates()[0]
+            loop.step(images, labels)
+            for part, there in (
+                ("early", loop.state.steps <= WATCHED_STEPS),
+                ("late", loop.state.steps > steps - WATCHED_STEPS),
+            ):
+                if there:
+                    watched[part].append((before * _whole(plan.loop, loop.bank.grad)).abs())
+            if loop.state.steps % 10 == 0:
+                loop.compact(steps - loop.state.steps)
+        epoch += 1
+    loop.entry()
+    gates, died_at = loop.gates()
+    return Measured(
+        plan.groups,
+        gates.double().numpy(),
+        died_at.long().numpy(),
+        *(torch.stack(watched[part]).mean(0).double().numpy() for part in ("early", "late")),
+    )
+
+
+def _whole(loop: SearchLoop, gradient: Tensor) -> Tensor:
+    """A gradient of the gates present, with zeros for those that were left out."""
+    return loop.compaction.whole(gradient.clone(), loop.state.gates.died_at)[0]
+
+
+def measured(
+    out: Path, name: str, seed: int, train: pfs.data.DeviceLoader, steps: int, share: float
+) -> Measured:
+    """The search of a seed: run once, then read."""
+    path = out / f"search-{name}-{seed}-{share}.npz"
+    if not path.exists():
+        found = search(name, seed, train, steps, share)
+        whole = path.with_suffix(".part.npz")
+        np.savez(
+            whole, gates=found.gates, died_at=found.died_at, early=found.early, late=found.late
+        )
+        os.replace(whole, path)
+        return found
+    return Measured(groups_of(name, seed), **np.load(path))
+
+
+def groups_of(name: str, seed: int) -> ChannelGroups:
+    config = pfs.SearchConfig(scope="all", precision="fp32")
+    images = torch.zeros(2, 3, 32, 32)
+    return prepare(
+        network(name, seed), images, pfs.Budget(1.0), config, device=torch.device("cpu")
+    ).groups
+
+
+def structure(found: Measured, rule: str, share: float) -> Structure:
+    score = RULES[rule](found)
+    model = CostModel(found.groups)
+    limits = pfs.Budget(share).resolve(model.base)
+    nobody_died = np.full(found.groups.num_units, -1)
+    keep = solve(found.groups, score / score.max(), nobody_died, limits, model)
+    return Structure.from_keep(found.groups, keep, model)
+
+
+def train_one(arguments: argparse.Namespace, name: str, seed: int, share: float, rule: str) -> dict:
+    train, test = loaders(arguments.data, arguments.images, seed)
+    found = measured(arguments.out, name, seed, train, arguments.steps, share)
+    cut = structure(found, rule, share)
+    slim = pfs.slim(network(name, seed), cut, seed=seed)
+    started = time.perf_counter()
+    config = pfs.TrainConfig(epochs=arguments.epochs, seed=seed)
+    pfs.train(slim, train, config=config, progress=False)
+    accuracy = pfs.evaluate(slim, test)
+    return {
+        "network": name,
+        "seed": seed,
+        "share": share,
+        "rule": rule,
+        "accuracy": float(getattr(accuracy, "top1", accuracy)),
+        "macs": cut.macs,
+        "params": cut.params,
+        "widths": [len(kept) for kept in cut.kept.values()],
+        "images": arguments.images,
+        "epochs": arguments.epochs,
+        "steps": arguments.steps,
+        "seconds": round(time.perf_counter() - started, 1),
+        "torch": torch.__version__,
+    }
+
+
+def report(rows: list[dict]) -> str:
+    """Mean and spread over the seeds, best rule first; the random structures count as one rule."""
+    lines = []
+    cases = sorted({(r["network"], r["share"]) for r in rows})
+    for name, share in cases:
+        here = [r for r in rows if (r["network"], r["share"]) == (name, share)]
+        lines += [
+            "",
+            f"**{name}, {share:.0%} of the MACs** ({here[0]['epochs']} epochs of {here[0]['images']} images)",
+            "",
+            "| rule | accuracy % | standard deviation | n | params |",
+            "|---|---|---|---|---|",
+        ]
+        by_rule: dict[str, list[dict]] = {}
+        for row in here:
+            by_rule.setdefault(row["rule"].split("-")[0], []).append(row)
+        for rule, own in sorted(
+            by_rule.items(), key=lambda item: -np.mean([r["accuracy"] for r in item[1]])
+        ):
+            accuracy = 100 * np.array([r["accuracy"] for r in own])
+            spread = f"{accuracy.std(ddof=1):.2f}" if len(own) > 1 else "-"
+            params = np.mean([r["params"] for r in own])
+            lines.append(
+                f"| {rule} | {accuracy.mean():.2f} | {spread} | {len(own)} | {params:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help=".npz file with x_train, y_train, x_test, y_test")
+    parser.add_argument("--out", type=Path, required=True, help="folder of searches and results")
+    parser.add_argument("--network", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.3])
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the search")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of each training")
+    parser.add_argument("--images", type=int, default=15000, help="training images")
+    parser.add_argument("--worker", default="0/1", metavar="I/N", help="take every N-th training")
+    parser.add_argument("--report", action="store_true", help="only print the table")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        index, workers = (int(part) for part in arguments.worker.split("/"))
+        # Seed by seed, so that a broken-off experiment has whole seeds.
+        cases = [
+            (name, seed, share, rule)
+            for seed in arguments.seeds
+            for name in arguments.network
+            for share in arguments.shares
+            for rule in arguments.rules
+        ]
+        for case in cases[index::workers]:
+            name, seed, share, rule = case
+            path = arguments.out / f"{name}-{seed}-{share}-{rule.replace('/', '_')}.json"
+            if path.exists():
+                continue
+            row = train_one(arguments, *case)
+            path.write_text(json.dumps(row))
+            print(f"{row['accuracy']:.4f} {case} {row['widths']} {row['seconds']} s", flush=True)
+    rows = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*.json"))]
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    main()

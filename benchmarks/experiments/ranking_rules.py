@@ -1,0 +1,132 @@
+"""Rules that put the channels of one search into an order: a higher score enters a structure earlier.
+
+A rule maps what a search measured to one score per unit; the budget solver does the rest, so that all rules meet the
+same limits exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pfs_fast.cost import CostModel
+from pfs_fast.groups import ChannelGroups
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One search, as the rules see it.
+
+    Attributes:
+        groups: Gated groups.
+        gates: Final gates. [units], float64.
+        died_at: Step of death, or -1. [units], int64.
+        early: Mean ``|gate * gradient|`` of the cross-entropy over the first steps. [units], float64.
+        late: The same over the last steps.
+    """
+
+    groups: ChannelGroups
+    gates: np.ndarray
+    died_at: np.ndarray
+    early: np.ndarray
+    late: np.ndarray
+
+    def marginal_macs(self) -> np.ndarray:
+        """MACs that the whole network loses with one unit, as a share of the largest such number. [units], float64."""
+        model = CostModel(self.groups)
+        macs = np.empty(self.groups.num_units)
+        for group in self.groups.groups:
+            keep = np.ones(self.groups.num_units, dtype=bool)
+            keep[group.start] = False  # the units of one group cost the same
+            macs[group.start : group.start + group.size] = model.base[0] - model.evaluate(keep)[0]
+        return macs / macs.max()
+
+    def order_of_gates(self) -> np.ndarray:
+        """Place of every unit by gate, then by time of death, as a share: 1 is best. [units], float64."""
+        death = np.where(self.died_at < 0, np.iinfo(np.int64).max, self.died_at)
+        death = np.where(self.gates > 0, 0, death)
+        return _places(np.lexsort((-death, -self.gates)))
+
+    def within_groups(self, score: np.ndarray) -> np.ndarray:
+        """Place of every unit in its own group by a score, as a share: 1 is best. [units], float64."""
+        places = np.empty_like(score, dtype=np.float64)
+        for group in self.groups.groups:
+            span = slice(group.start, group.start + group.size)
+            places[span] = _places(np.argsort(-score[span], kind="stable"))
+        return places
+
+
+def _places(order: np.ndarray) -> np.ndarray:
+    places = np.empty(len(order))
+    places[order] = 1.0 - np.arange(len(order)) / len(order)
+    return places
+
+
+def _uniform(m: Measured) -> np.ndarray:
+    return m.within_groups(m.order_of_gates())
+
+
+def _random(draw: int) -> Callable[[Measured], np.ndarray]:
+    """One width share per group, drawn at random; the solver scales them to the budget."""
+
+    def rule(m: Measured) -> np.ndarray:
+        generator = np.random.default_rng(draw)
+        weight = np.repeat(
+            generator.uniform(0.1, 1.0, len(m.groups.groups)), [g.size for g in m.groups.groups]
+        )
+        rank = (
+            1.0 - _uniform(m)
+        ) / weight  # a group keeps a share of its channels in proportion to its weight
+        return 1.0 - rank / (1.0 + rank.max())
+
+    return rule
+
+
+def _gate_per_macs(power: float) -> Callable[[Measured], np.ndarray]:
+    # Dead gates keep their order below the living ones: the place in the order stands in for the value.
+    return lambda m: m.order_of_gates() * m.marginal_macs() ** -power
+
+
+def _value_per_macs(power: float) -> Callable[[Measured], np.ndarray]:
+    return lambda m: (m.gates + 1e-3 * m.order_of_gates()) * m.marginal_macs() ** -power
+
+
+def _cost_only(power: float) -> Callable[[Measured], np.ndarray]:
+    """The control: what the costs alone do, whatever the gates say."""
+    return lambda m: _uniform(m) * m.marginal_macs() ** -power
+
+
+def _saliency(which: str, power: float) -> Callable[[Measured], np.ndarray]:
+    return lambda m: getattr(m, which) * m.marginal_macs() ** -power
+
+
+def _with_floor(
+    rule: Callable[[Measured], np.ndarray], share: float
+) -> Callable[[Measured], np.ndarray]:
+    """The best ``share`` of every group enters first."""
+
+    def floored(m: Measured) -> np.ndarray:
+        score = rule(m)
+        score = score / score.max()
+        return np.where(m.within_groups(score) > 1.0 - share, 1.0 + score, score)
+
+    return floored
+
+
+RULES: dict[str, Callable[[Measured], np.ndarray]] = {
+    "uniform": _uniform,
+    **{f"random-{draw}": _random(draw) for draw in range(5)},
+    "gate": lambda m: m.order_of_gates(),  # the paper's rule
+    "gate/macs^0.5": _gate_per_macs(0.5),
+    "gate/macs": _gate_per_macs(1.0),
+    "value/macs^0.5": _value_per_macs(0.5),
+    "floor+gate/macs^0.5": _with_floor(_gate_per_macs(0.5), 0.2),
+    "cost^0.5": _cost_only(0.5),
+    "cost": _cost_only(1.0),
+    "early": _saliency("early", 0.0),
+    "early/macs^0.5": _saliency("early", 0.5),
+    "early/macs": _saliency("early", 1.0),
+    "late/macs^0.5": _saliency("late", 0.5),
+}
