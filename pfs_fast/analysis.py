@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .groups import FIXED, ChannelGroup, ChannelGroups, Layer
-from .propagate import NONE, Constraints, LayerUse, Propagation
+from .propagation import NONE, Constraints, LayerUse, Propagation
 from .trace import TracedModel, trace
 
 

@@ -14,7 +14,7 @@ from . import rules
 from .analysis import ChannelGraph
 from .errors import ConfigError, ModelError
 from .groups import FIXED, ChannelGroup, ChannelGroups
-from .propagate import Value
+from .propagation import Value
 
 SCOPES = ("paper", "all")
 
