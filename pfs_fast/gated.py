@@ -192,7 +192,7 @@ class _Builder:
     def _fuse_norm(self, graph: fx.Graph, node: fx.Node, bn: _BatchNorm) -> None:
         chain, residual, act = [node], None, "identity"
         user = _only_user(node)
-        if user is not None and self._is_sum(user) and not _overwritten_is_read(user, node):
+        if user is not None and self._is_sum(user) and not user.meta["stale"]:
             other = next(a for a in user.args if a is not node)
             chain, residual, user = [*chain, user], other, _only_user(user)
         if user is not None and self._activation(user):
@@ -233,14 +233,6 @@ class _Builder:
             and values[0].shape == values[1].shape
             and values[0].dtype == values[1].dtype
         )
-
-
-def _overwritten_is_read(total: fx.Node, norm: fx.Node) -> bool:
-    """Whether a sum in place (``y += bn(x)``) changes an operand that a later node reads under its old name."""
-    target = total.args[0]
-    if target is norm or not rules.writes_in_place(total, None):
-        return False
-    return any(reader > total for reader in target.users if reader is not total)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

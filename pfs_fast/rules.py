@@ -6,8 +6,6 @@ Functions, methods and modules are looked up by one plain name (``torch.relu``, 
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx, nn
 
@@ -38,8 +36,12 @@ SPATIAL = frozenset(
 )
 # Elements are moved, none is computed; shape arguments are checked by the propagation.
 MOVEMENT = frozenset(
-    """flatten view reshape view_as reshape_as permute transpose swapaxes movedim unsqueeze squeeze expand chunk split
-    tensor_split unbind getitem unflatten t mT""".split()
+    """flatten view reshape permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze expand unflatten t mT
+    repeat tile repeat_interleave""".split()
+)
+# Some elements are taken.
+PIECES = frozenset(
+    "getitem chunk split split_with_sizes tensor_split unbind narrow select roll flip".split()
 )
 REDUCTION = frozenset("mean sum amax".split())
 CONCATENATION = frozenset("cat concat concatenate".split())
@@ -66,22 +68,6 @@ def plain_name(node: fx.Node, module: nn.Module | None) -> str:
     # A function that the user hid behind torch.fx.wrap may be called `add` and do anything.
     return name.rstrip("_") if origin in _TRUSTED else f"{origin}.{name}"
 
-
-def writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether an operation changes its first operand, which others may read later under its old name."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    if isinstance(node.target, str):
-        return node.target.endswith("_") and not node.target.endswith("__")
-    if node.target in _AUGMENTED:
-        return True
-    name = getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
-
-
-_AUGMENTED = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 # torch.nn.functional wraps these in a function that has lost its name.
 _DISPATCHED = {

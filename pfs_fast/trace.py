@@ -7,6 +7,7 @@ of one deep copy, and the user's model is never touched.
 from __future__ import annotations
 
 import copy
+import operator
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -16,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode
 
 from ._modules import require_plain
 from .errors import ModelError, TraceError
+from .functional import call_layers
+from .shapes import infer_values
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _OWN_FOLDER = str(Path(__file__).parent)
@@ -35,7 +35,7 @@ class TracedModel:
 
     Attributes:
         train: Graph of the forward in train mode; ``node.meta["val"]`` holds a fake tensor (or another value) per node,
-            for a batch of two.
+            for a batch of two, ``writes`` and ``stale`` what an operation overwrites (``shapes.infer_values``).
         eval: Graph in eval mode; the same object as ``train`` where both are equal.
         macs: MACs of the eval forward of one image, all operations that ``torch.utils.flop_counter`` knows.
         params: Parameters of the model, each counted once, also of modules that the forward never calls.
@@ -51,12 +51,52 @@ class TracedModel:
         return (self.train,) if self.train is self.eval else (self.train, self.eval)
 
 
+class _Proxy(fx.Proxy):
+    """Records ``y += z`` as what it is: torch.fx would take it for ``y = y + z``, and other names of y for unchanged."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+    def __ipow__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ipow, other)
+
+    def __ifloordiv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ifloordiv, other)
+
+    def __imod__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imod, other)
+
+    def __iand__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iand, other)
+
+    def __ior__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ior, other)
+
+    def __ixor__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ixor, other)
+
+    def _in_place(self, operation: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Keeps every layer that pruning narrows as one node, and remembers where it is."""
 
     def __init__(self) -> None:
         super().__init__()
         self.path: list[str] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         for base in (_ConvNd, nn.Linear, _BatchNorm):
@@ -98,8 +138,8 @@ def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ..
     if _same(train.graph, eval_.graph):
         eval_ = train
     if train is not eval_:
-        _infer_values(train.train(), inputs)
-    macs = _infer_values(eval_.eval(), inputs)
+        infer_values(train.train(), inputs)
+    macs = infer_values(eval_.eval(), inputs)
     return TracedModel(train, eval_, macs, sum(p.numel() for p in model.parameters()))
 
 
@@ -143,6 +183,7 @@ def _trace_mode(model: nn.Module) -> fx.GraphModule:
             f"is not{_user_line(error)}: {type(error).__name__}: {error}; make its control flow independent of tensor "
             "values, or hide the step behind torch.fx.wrap"
         ) from error
+    call_layers(graph, tracer.root)
     return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
 
 
@@ -164,41 +205,3 @@ def _same(a: fx.Graph, b: fx.Graph) -> bool:
             yield node.op, str(node.target), str(node.args), str(node.kwargs)
 
     return list(form(a)) == list(form(b))
-
-
-class _ValueRecorder(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            value = super().run_node(n)
-        except Exception as error:
-            raise TraceError(
-                f"trace: example_input must fit the model, but {n.op} '{n.target}' fails: {type(error).__name__}: "
-                f"{error}; pass an input of the shape and dtype that the model takes"
-            ) from error
-        n.meta["val"] = value
-        return value
-
-
-def _infer_values(graph_module: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> int:
-    """Store the (fake) value of every node; returns the MACs of one image."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # Fake tensors carry small integers as values: a batch norm would count this run in its real buffer.
-    counters = [(b, b.clone()) for b in graph_module.buffers() if not b.is_floating_point()]
-    with mode:
-        # Two images: batch norm over 1x1 maps needs more than one value a channel.
-        fakes = [torch.empty((2, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs]
-        # The fused attention of nn.MultiheadAttention is one operation that the counter does not know.
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with (
-                FlopCounterMode(display=False) as counter,
-                sdpa_kernel(SDPBackend.MATH),
-                torch.no_grad(),
-            ):
-                _ValueRecorder(graph_module).run(*fakes)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-    for buffer, value in counters:
-        buffer.copy_(value)
-    return counter.get_total_flops() // 4  # two operations a MAC, two images

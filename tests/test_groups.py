@@ -330,8 +330,13 @@ CASES = {
             fc=nn.Linear(6, 4),
             fc2=nn.Linear(6, 4),
         ),
-        {("b",): 6},
-        {"a": "cuts the channels", "fc": OUTPUT, "fc2": OUTPUT},
+        {},
+        {
+            "a": "cuts the channels",
+            "b": "'view' computes with their number",
+            "fc": OUTPUT,
+            "fc2": OUTPUT,
+        },
         head=False,
     ),
     "pixel shuffle": Case(

@@ -1,7 +1,7 @@
-"""Operations that move elements and compute none: views, permutations, pieces.
+"""Operations that move elements and compute none: views, permutations, repetitions.
 
-The operation itself is run on a tensor of channel indices, and where they come out is where the channels went. A slim
-network runs the same code with fewer channels, so a size that is a number in the code cannot follow them.
+The operation itself is run on a tensor of channel indices, and where they come out is where the channels went. It is run
+for several numbers of channels, since a slim network runs the same code with fewer.
 """
 
 from __future__ import annotations
@@ -9,68 +9,72 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
 
 from .call import Call
-from .values import NONE, Value
+from .sizes import FACTORS
+from .values import Value
 
 
 def movement(call: Call) -> Any:
     if len(call.values) != 1:
         return call.not_understood()
-    node, name, x = call.node, call.name, call.values[0]
-    view = [1] * len(x.shape)
-    view[x.dim] = -1
-    channels = torch.arange(len(x.labels)).view(view).expand(x.shape)
-    rest = fx.map_arg(node.args[1:], lambda n: n.meta["val"])
-    plain = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+    x = call.values[0]
     try:
-        if name == "view":  # the tensor of indices may be strided otherwise than the real one
-            moved = channels.reshape(*rest, **plain)
-        else:
-            moved = call.run((channels, *rest), plain)
-    except Exception as error:
-        return call.refuse(f"'{node.name}' could not be followed ({error})")
-    outputs = moved if isinstance(moved, (tuple, list)) else (moved,)
-    results = [_settle(call, x, out) for out in outputs]
-    cut = f"'{node.name}' ({name}) cuts the channels at fixed places"
-    if any(r is None for r in results):
-        return call.refuse(cut)
-    if (
-        isinstance(moved, (tuple, list))
-        and results[0].dim is not None
-        and len(results[0].labels) < len(x.labels)
-    ):
-        # Pieces of equal size: each must keep as many channels as the others.
-        if name not in ("chunk", "tensor_split") or len({len(r.labels) for r in results}) > 1:
-            return call.refuse(cut)
-        call.constraints.tie([r.labels for r in results])
-    return type(moved)(results) if isinstance(moved, (tuple, list)) else results[0]
+        moved = channels_of(call, x, 1)
+    except Exception as error:  # whatever the operation says to a tensor of indices
+        return call.refuse(f"'{call.node.name}' could not be followed ({error})")
+    try:
+        others = [channels_of(call, x, factor) for factor in FACTORS[1:]]
+    except Exception:  # a number in the code that other numbers of channels do not fit
+        return cut(call)
+    if isinstance(moved, (tuple, list)):
+        return call.not_understood()
+    result = _settle(call, x, moved, [tuple(o.shape) for o in others])
+    return cut(call) if result is None else result
 
 
-def _settle(call: Call, x: Value, moved: torch.Tensor) -> Value | None:
+def cut(call: Call) -> Any:
+    return call.refuse(f"'{call.node.name}' ({call.name}) cuts the channels at fixed places")
+
+
+def channels_of(call: Call, x: Value, factor: int) -> Any:
+    """The operation on a tensor of channel indices, with ``factor`` times as many channels as there are."""
+    shape = list(x.shape)
+    shape[x.dim] *= factor
+    view = [1] * len(shape)
+    view[x.dim] = -1
+    channels = torch.arange(shape[x.dim]).view(view).expand(shape)
+    args, kwargs = call.walk.sizes.at((call.node.args[1:], call.node.kwargs), x, factor)
+    if call.name == "view":  # the tensor of indices may be strided otherwise than the real one
+        return channels.reshape(*args, **kwargs)
+    return call.run((channels, *args), kwargs)
+
+
+def scaled_dims(shape: tuple[int, ...], others: list[tuple[int, ...]]) -> list[int]:
+    """Dimensions that grow with the number of channels, if all the others stay; else none."""
+    if any(len(other) != len(shape) for other in others):
+        return []
+    scaled = []
+    for d, size in enumerate(shape):
+        if all(o[d] == size * f for o, f in zip(others, FACTORS[1:], strict=True)):
+            scaled.append(d)
+        elif any(o[d] != size for o in others):
+            return []
+    return scaled
+
+
+def _settle(
+    call: Call, x: Value, moved: torch.Tensor, others: list[tuple[int, ...]]
+) -> Value | None:
     """The moved channels as a ``Value``, or None where a slim network could not repeat the move."""
     shape = tuple(moved.shape)
     varying = [d for d in range(moved.dim()) if _varies(moved, d)]
-    if not varying:
-        label = int(x.labels[int(moved.flatten()[0])]) if moved.numel() else NONE
-        if label != NONE and len(x.labels) > 1:
-            return None  # one channel picked by its index
-        ones = [d for d in range(len(shape)) if shape[d] == 1]
-        return (
-            Value(shape)
-            if label == NONE
-            else Value(shape, ones[0] if ones else None, x.labels[:1] * 0 + label, x.zero)
-        )
-    free = [d for d in varying if _size_is_free(call, d, shape, x)]
+    free = [d for d in scaled_dims(shape, others) if d in varying or len(x.labels) == 1]
     if not free:
         return None
     dim = free[-1]
     index = tuple(slice(None) if d == dim else 0 for d in range(len(shape)))
-    channels = moved[index]
-    if call.name == "getitem" and not torch.equal(channels, torch.arange(len(x.labels))):
-        return None  # a slice of the channels
-    labels = x.labels[channels.numpy()]
+    labels = x.labels[moved[index].numpy()]
     if len(varying) > 1:
         # The channels are split over several dimensions (a shuffle): every row must keep the same positions.
         rows = moved.movedim(dim, -1).reshape(-1, len(labels)).unique(dim=0).numpy()
@@ -82,25 +86,3 @@ def _varies(channels: torch.Tensor, dim: int) -> bool:
     if channels.size(dim) <= 1 or channels.stride(dim) == 0:
         return False
     return not bool((channels == channels.select(dim, 0).unsqueeze(dim)).all())
-
-
-def _size_is_free(call: Call, dim: int, shape: tuple[int, ...], x: Value) -> bool:
-    """Whether the output size along ``dim`` follows the channels: computed from them, -1 or implied, not a number."""
-    node, name = call.node, call.name
-    if name == "unflatten":
-        return False
-    if name not in ("view", "reshape", "expand"):
-        return True
-    sizes = node.args[1:] or (node.kwargs.get("shape") or node.kwargs.get("size"),)
-    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list, torch.Size)):
-        sizes = sizes[0]
-    if len(sizes) == 1 and isinstance(sizes[0], fx.Node):
-        # a whole shape that was computed
-        return name != "expand" and call.walk.counts_channels(sizes[0], x)
-    if len(sizes) != len(shape):
-        return False
-    return (
-        sizes[dim] == -1
-        if not isinstance(sizes[dim], fx.Node)
-        else call.walk.counts_channels(sizes[dim], x)
-    )

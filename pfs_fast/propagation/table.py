@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import rules
-from . import joins, layers, movement, pointwise
+from . import joins, layers, movement, pieces, pointwise
 from .call import Rule
 
 LAYERS: tuple[tuple[type[nn.Module], Rule], ...] = (
@@ -32,6 +32,8 @@ OPERATIONS: dict[str, Rule] = {
     **dict.fromkeys(rules.ADDITIVE | rules.MULTIPLICATIVE | rules.DIVISION, joins.binary),
     **dict.fromkeys(rules.CONCATENATION, joins.concatenation),
     **dict.fromkeys(rules.MOVEMENT, movement.movement),
+    **dict.fromkeys(rules.PIECES, pieces.pieces),
+    "index_select": pieces.index_select,
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 
@@ -13,6 +12,9 @@ from .. import rules
 from ..trace import TracedModel
 from .call import Call
 from .constraints import Constraints
+from .movement import movement
+from .pieces import pieces
+from .sizes import Sizes
 from .table import OPERATIONS, layer_rule
 from .values import Value, flatten, holds_tensors, unlabelled
 
@@ -24,6 +26,7 @@ class Propagation:
         constraints: What was found.
         outputs: ``{(graph index, node name): value}``, for every node whose result is one tensor.
         counts: Whether the graph that is walked is the one whose MACs count.
+        sizes: Arithmetic on sizes in the graph that is walked.
     """
 
     def __init__(self, traced: TracedModel) -> None:
@@ -31,6 +34,8 @@ class Propagation:
         self.outputs: dict[tuple[int, str], Value] = {}
         self._modules = dict(traced.train.named_modules())
         self._shared = _shared_weights(traced.train)
+        self._index = 0
+        self.sizes = Sizes(lambda node: self.outputs.get((self._index, node.name)))
         for index, graph_module in enumerate(traced.graphs):
             self._index = index
             self.counts = graph_module is traced.eval
@@ -40,12 +45,25 @@ class Propagation:
         env: dict[fx.Node, Any] = {}
         for node in graph.nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-            result = self._node(node, args, kwargs)
-            env[node] = result
+            result = env[node] = self._node(node, args, kwargs)
             if isinstance(result, Value):
                 self.outputs[self._index, node.name] = result
-                if rules.writes_in_place(node, self._module(node)):
-                    env[node.args[0]] = result  # later readers of the operand see the new values
+            if node.meta["writes"]:
+                self._overwrite(node, env)
+
+    def _overwrite(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+        """Later readers of an operand that was written in place see the new values."""
+        result = env[node]
+        for stale in node.meta["stale"]:
+            old, new = stale.meta["val"], node.meta["val"]
+            if isinstance(result, Value) and _same_memory(old, new):
+                env[stale] = result
+                continue
+            # A view of what was written, or an operation that writes one thing and gives another.
+            reason = f"'{node.name}' writes in place what '{stale.name}' shows, which is read later"
+            for value in flatten((result, env[stale])):
+                if isinstance(value, Value) and value.dim is not None:
+                    self.constraints.fix(value.labels, reason)
 
     def _node(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Any:
         if node.op in ("placeholder", "get_attr"):
@@ -56,13 +74,25 @@ class Propagation:
         call = Call(self, node, name, module, args, kwargs, values)
         if node.op == "output":
             call.fix_all(args, "it is an output of the network")
+            self._fix_counted(call)
             return None
         rule = layer_rule(module)
         if rule is not None:
             return rule(call)
+        if holds_tensors(call.meta):
+            self._fix_counted(call)
         if not values:  # arithmetic on sizes and other plain values
             return unlabelled(call.meta)
         return self._operation(call)
+
+    def _fix_counted(self, call: Call) -> None:
+        """Hold channels fixed whose number goes into a result otherwise than as its shape (``x / x.size(1)``)."""
+        moves = OPERATIONS.get(call.name) in (movement, pieces)
+        exempt = (
+            call.values[0] if moves and call.values and call.values[0].dim is not None else None
+        )
+        for value in self.sizes.influences((call.node.args, call.node.kwargs), exempt):
+            self.constraints.fix(value.labels, f"'{call.node.name}' computes with their number")
 
     def _operation(self, call: Call) -> Any:
         target, meta = call.node.target, call.meta
@@ -90,21 +120,16 @@ class Propagation:
             return f"the weight of layer '{name}' is computed (a parametrisation or weight norm)"
         return None
 
-    def counts_channels(self, size: fx.Node, x: Value) -> bool:
-        """Whether a size was computed from tensors with the channels of ``x``: another tensor may keep another number."""
-        sources, seen = [size], set()
-        while sources:
-            source = sources.pop()
-            if source in seen:
-                continue
-            seen.add(source)
-            if not isinstance(source.meta["val"], torch.Tensor):
-                sources += source.all_input_nodes
-                continue
-            value = self.outputs.get((self._index, source.name))
-            if value is None or value.dim is None or not np.isin(x.labels, value.labels).all():
-                return False
-        return True
+
+def _same_memory(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.storage_offset() == b.storage_offset()
+        and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    )
 
 
 def _shared_weights(root: nn.Module) -> dict[str, str]:
