@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from . import rules
 from .analysis import ChannelGraph
 from .gates import GateBank
+from .narrow import NORMS
 
 _ACTIVATIONS = frozenset({"relu", "relu6", "silu", "hardswish"})
 
@@ -152,9 +153,7 @@ class _Builder:
             module = self._modules[node.target]
             if isinstance(module, _BatchNorm):
                 self._fuse_norm(graph, node, module)
-            elif isinstance(module, (_ConvNd, nn.Linear)) and not isinstance(
-                module, _ConvTransposeNd
-            ):
+            elif isinstance(module, (_ConvNd, nn.Linear, *NORMS)):
                 self._freeze(node, module)
         constants = {
             n.target: _attribute(graph_module, n.target) for n in graph.nodes if n.op == "get_attr"
@@ -179,12 +178,15 @@ class _Builder:
         name = node.target
         plain = (
             isinstance(module, _ConvNd)
+            and not isinstance(module, _ConvTransposeNd)
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
         )
         layer = FrozenConv(module, self._ops) if plain else module
         if name in self._bank.layers:
-            channel_dim = -1 if isinstance(module, nn.Linear) else -len(module.kernel_size) - 1
+            channel_dim = -1 if isinstance(module, nn.Linear) else 1
+            if isinstance(module, _ConvNd):  # also without a batch dimension
+                channel_dim = -len(module.kernel_size) - 1
             layer = GatedOutput(layer, name, self._bank, channel_dim)
         if layer is not module:
             node.target = self._add("layer", name, layer)

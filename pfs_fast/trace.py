@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torchvision.ops import FrozenBatchNorm2d
 
 from ._modules import require_plain
 from .errors import ModelError, TraceError
@@ -26,6 +27,8 @@ from .functional import call_layers
 from .shapes import infer_values
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
+# Layers that stay one node, also as subclasses with the forward of their base.
+_LAYERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm, FrozenBatchNorm2d)
 _OWN_FOLDER = str(Path(__file__).parent)
 
 
@@ -99,11 +102,11 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        for base in (_ConvNd, nn.Linear, _BatchNorm):
+        for base in _LAYERS:
             # A subclass with the forward of its base (weight standardisation has one of its own) is that layer.
             if isinstance(m, base):
                 own = type(m)
-                torch_class = next(c for c in own.__mro__ if c.__module__.startswith("torch.nn."))
+                torch_class = _torch_class(own)
                 if own.forward is torch_class.forward:
                     return True
         return super().is_leaf_module(m, module_qualified_name)
@@ -130,10 +133,15 @@ def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ..
     _check_model(model)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     replica = _copied(model)
-    graphs = []
+    graphs, inside = [], set()
     for training in (True, False):
         replica.train(training)
-        graphs.append(_trace_mode(replica))
+        graph_module, layers = _trace_mode(replica)
+        graphs.append(graph_module)
+        inside |= layers
+    for layer in inside:
+        # What the subclass does besides stands in the graph; the layer itself is that of its base.
+        layer.__class__ = _torch_class(type(layer))
     train, eval_ = graphs
     if _same(train.graph, eval_.graph):
         eval_ = train
@@ -169,7 +177,8 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _trace_mode(model: nn.Module) -> fx.GraphModule:
+def _trace_mode(model: nn.Module) -> tuple[fx.GraphModule, set[nn.Module]]:
+    """The graph, and layers with a forward of their own that became calls of their base."""
     tracer = _Tracer()
     try:
         with warnings.catch_warnings():
@@ -183,8 +192,15 @@ def _trace_mode(model: nn.Module) -> fx.GraphModule:
             f"is not{_user_line(error)}: {type(error).__name__}: {error}; make its control flow independent of tensor "
             "values, or hide the step behind torch.fx.wrap"
         ) from error
-    call_layers(graph, tracer.root)
-    return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
+    inside = call_layers(graph, tracer.root)
+    return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__), inside
+
+
+def _torch_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The library's class that a layer is derived from."""
+    return next(
+        c for c in kind.__mro__ if c is FrozenBatchNorm2d or c.__module__.startswith("torch.nn.")
+    )
 
 
 def _get(model: nn.Module, name: str) -> nn.Module:

@@ -151,6 +151,11 @@ def test_no_operation_stands_in_two_tables():
         rules.SPATIAL,
         rules.MOVEMENT,
         rules.PIECES,
+        rules.CHANNEL_SHUFFLE,
+        rules.SOFTMAX,
+        rules.EXTREMES,
+        rules.FACTORY,
+        rules.NORMALISING,
         rules.REDUCTION,
         rules.CONCATENATION,
     ]

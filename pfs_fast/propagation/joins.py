@@ -38,6 +38,8 @@ def binary(call: Call) -> Any:
             return call.refuse(f"'{node.name}' broadcasts a single channel", [x])
         return Value(shape, dim, x.labels, zero)
     (a, dim_a), (b, dim_b) = labelled
+    if dim_a == dim_b and 1 in (len(a.labels), len(b.labels)) and shape[dim_a] > 1:
+        return _broadcast(call, *((a, b) if len(b.labels) == 1 else (b, a)), dim_a, zero)
     if dim_a != dim_b or len(a.labels) != len(b.labels):
         return call.refuse(
             f"'{node.name}' combines channels of different dimensions or numbers", operands
@@ -46,6 +48,42 @@ def binary(call: Call) -> Any:
     if call.name in rules.ADDITIVE:
         call.constraints.residual += [a.labels, b.labels]
     return Value(shape, dim_a, np.where(a.labels == NONE, b.labels, a.labels), zero)
+
+
+def _broadcast(call: Call, x: Value, single: Value, dim: int, zero: bool) -> Value:
+    """One channel that meets all channels of another tensor (spatial attention) always stays."""
+    call.constraints.fix(single.labels, f"'{call.node.name}' broadcasts a single channel")
+    if call.name in rules.MULTIPLICATIVE:
+        zero = x.zero
+    elif call.name not in rules.DIVISION:
+        zero = False
+    return Value(call.shape, dim, x.labels, zero)
+
+
+def stack(call: Call) -> Any:
+    """A new dimension beside the labelled one: channels that come to lie side by side stay the same."""
+    tensors, shape = call.argument(0, "tensors"), call.shape
+    dim = call.argument(1, "dim", default=0) % len(shape)
+    first = next(v for v in tensors if v.dim is not None)
+    if any(v.dim != first.dim for v in tensors):
+        return call.refuse(f"'{call.node.name}' joins it with channels of another dimension")
+    for v in tensors:
+        call.constraints.couple(first.labels, v.labels)
+    place = first.dim + (dim <= first.dim)
+    return Value(shape, place, first.labels, all(v.zero for v in tensors))
+
+
+def expand_as(call: Call) -> Any:
+    """``x.expand_as(y)``: the channels of both are the same."""
+    x, y = call.argument(0, "input"), call.argument(1, "other")
+    shape = call.shape
+    if not isinstance(y, Value) or x.dim is None or y.dim is None:
+        return call.not_understood()
+    dim = x.dim + len(shape) - len(x.shape)
+    if dim != y.dim or len(x.labels) != len(y.labels):
+        return call.not_understood()
+    call.constraints.couple(x.labels, y.labels)
+    return Value(shape, dim, np.where(x.labels == NONE, y.labels, x.labels), x.zero)
 
 
 def concatenation(call: Call) -> Any:

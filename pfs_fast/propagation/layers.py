@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from torch.nn.modules.conv import _ConvTransposeNd
 
+from ..narrow import widths_of
 from .call import Call
 from .constraints import LayerUse
 from .values import Value, labelled
@@ -13,7 +15,8 @@ def convolution(call: Call) -> Value:
     module, name, shape = call.module, call.node.target, call.shape
     x = _input(call)
     dim = len(shape) - len(module.kernel_size) - 1
-    positions = int(np.prod(shape[dim + 1 :]))
+    # A transposed convolution multiplies at every position of its input.
+    positions = int(np.prod((x if isinstance(module, _ConvTransposeNd) else call).shape[dim + 1 :]))
     if module.groups == module.in_channels and module.groups > 1:
         # Depthwise. A depth multiplier gives every input channel several outputs, side by side.
         read = _read(call, x, dim, module.in_channels)
@@ -37,10 +40,33 @@ def linear(call: Call) -> Value:
     return Value(shape, dim, _use(call, out, read, int(np.prod(shape[1:-1]))))
 
 
-def batch_norm(call: Call) -> Value:
+def channelwise(call: Call) -> Value:
+    """A norm or PReLU that takes every channel alone."""
     x = _input(call)
-    read = _read(call, x, 1, call.module.num_features)
+    read = _read(call, x, 1, widths_of(call.module)[0])
     return labelled(x.shape, 1, _use(call, read, read, 0))
+
+
+def group_norm(call: Call) -> Value:
+    """Channels that are normalised together live and die together: the statistics of the others then stay."""
+    x, module = _input(call), call.module
+    if x.dim != 1:
+        return channelwise(call)
+    groups = x.labels.reshape(module.num_groups, -1)
+    if len(groups) == 1:
+        call.constraints.fix(
+            x.labels, f"layer '{call.node.target}' normalises over all of its channels together"
+        )
+    for column in range(1, groups.shape[1]):
+        call.constraints.couple(groups[:, 0], groups[:, column])
+    return channelwise(call)
+
+
+def prelu(call: Call) -> Value:
+    """One slope for all channels, or one for each."""
+    if call.module.num_parameters == 1:
+        return _input(call)
+    return channelwise(call)
 
 
 def _input(call: Call) -> Value:

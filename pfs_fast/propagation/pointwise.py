@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .call import Call
-from .values import Value
+from .values import Value, unlabelled
 
 
 def zero_preserving(call: Call) -> Any:
@@ -32,9 +32,32 @@ def bounded(call: Call) -> Any:
 
 
 def prelu(call: Call) -> Any:
-    if call.module is not None and call.module.num_parameters == 1:
-        return call.values[0]
-    return call.not_understood()
+    """The function, with one slope for all channels."""
+    x, slope = call.argument(0, "input"), call.argument(1, "weight")
+    plain = isinstance(slope, Value) and slope.dim is None and np.prod(slope.shape) == 1
+    return x if plain else call.not_understood()
+
+
+def softmax(call: Call) -> Any:
+    """Over positions; over channels it would mix them."""
+    if len(call.values) != 1:
+        return call.not_understood()
+    x = call.values[0]
+    dim = call.module.dim if call.module is not None else call.argument(1, "dim")
+    if not isinstance(dim, int) or dim % len(x.shape) == x.dim:
+        return call.refuse(f"'{call.node.name}' normalises over channels")
+    return Value(x.shape, x.dim, x.labels, zero=False)
+
+
+def factory(call: Call) -> Any:
+    """A new tensor that takes nothing but dtype and device from its operand."""
+    return unlabelled(call.meta)
+
+
+def normalising(call: Call) -> Any:
+    return call.refuse(
+        f"'{call.name}' ({call.node.name}) normalises over channels: with fewer the others would change"
+    )
 
 
 def spatial(call: Call) -> Any:
@@ -54,8 +77,8 @@ def reduction(call: Call) -> Any:
     if len(call.values) != 1:
         return call.not_understood()
     x = call.values[0]
-    dims = call.argument(1, "dim")
-    if dims is None:
+    dims = call.argument(1, "dim", "axis")
+    if dims is None or isinstance(dims, bool):
         return call.refuse(f"'{call.node.name}' reduces over channels")
     dims = {d % len(x.shape) for d in ([dims] if isinstance(dims, int) else dims)}
     if x.dim in dims:

@@ -33,7 +33,7 @@ class Propagation:
         self.constraints = Constraints()
         self.outputs: dict[tuple[int, str], Value] = {}
         self._modules = dict(traced.train.named_modules())
-        self._shared = _shared_weights(traced.train)
+        self._shared = _read_elsewhere(traced)
         self._index = 0
         self.sizes = Sizes(lambda node: self.outputs.get((self._index, node.name)))
         for index, graph_module in enumerate(traced.graphs):
@@ -115,8 +115,10 @@ class Propagation:
         """Why the weight of a layer cannot be narrowed, or None."""
         module = self._modules[name]
         if name in self._shared:
-            return f"layer '{name}' shares its weight with '{self._shared[name]}'"
-        if hasattr(module, "parametrizations") or "weight" not in module._parameters:
+            return f"a parameter of layer '{name}' is read by {self._shared[name]} as well"
+        if hasattr(module, "parametrizations") or (
+            "weight" not in module._parameters and "weight" not in module._buffers
+        ):
             return f"the weight of layer '{name}' is computed (a parametrisation or weight norm)"
         return None
 
@@ -132,16 +134,30 @@ def _same_memory(a: Any, b: Any) -> bool:
     )
 
 
-def _shared_weights(root: nn.Module) -> dict[str, str]:
-    """Layers whose weight another layer holds as well, by name."""
+def _read_elsewhere(traced: TracedModel) -> dict[str, str]:
+    """Modules with a parameter or buffer that something else reads too: name -> what."""
     holders: dict[int, list[str]] = defaultdict(list)
-    for name, module in root.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            holders[id(weight)].append(name)
-    return {
-        n: next(m for m in names if m != n)
+    for name, module in traced.train.named_modules():
+        for tensor in {id(t): t for t in (*module._parameters.values(), *module._buffers.values())}:
+            holders[tensor].append(name)
+    holders.pop(id(None), None)
+    found = {
+        name: f"'{next(other for other in names if other != name)}'"
         for names in holders.values()
         if len(names) > 1
-        for n in names
+        for name in names
     }
+    for graph_module in traced.graphs:
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr":
+                tensor = _attribute(graph_module, node.target)
+                for name in holders.get(id(tensor), ()):
+                    found.setdefault(name, f"the forward itself ('{node.name}')")
+    return found
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
