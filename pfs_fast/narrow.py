@@ -146,7 +146,7 @@ def _narrow(
             elif name in module._buffers:
                 old_buffer = module._buffers[name]
                 module._buffers[name] = None if old_buffer is None else _take(old_buffer, *kept)
-            elif name in ("weight", "bias"):
+            elif name in ("weight", "bias") and hasattr(module, name):
                 raise StructureError(
                     f"must hold its {name} as a plain parameter, got a computed one; remove weight norm, spectral norm, "
                     "pruning masks or parametrizations first"

@@ -168,8 +168,8 @@ def _shake(model: nn.Module, inputs: tuple[Any, ...]) -> None:
             if getattr(module, "bias", None) is not None:
                 module.bias.copy_(0.5 * torch.randn_like(module.bias))
 
-    def shake(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].transpose(0, 1).flatten(1)  # [C, values]
+    def shake(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(iter((*args, *kwargs.values()))).transpose(0, 1).flatten(1)  # [C, values]
         noise = torch.randn(2, x.size(0), dtype=torch.float64, device=x.device)
         if module.running_mean is not None:
             std = x.std(dim=1, correction=0)
@@ -178,7 +178,9 @@ def _shake(model: nn.Module, inputs: tuple[Any, ...]) -> None:
 
     tracked = (*BATCH_NORMS, *INSTANCE_NORMS, FrozenBatchNorm2d)
     handles = [
-        m.register_forward_pre_hook(shake) for m in model.modules() if isinstance(m, tracked)
+        m.register_forward_pre_hook(shake, with_kwargs=True)
+        for m in model.modules()
+        if isinstance(m, tracked)
     ]
     try:
         model(*inputs)

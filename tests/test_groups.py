@@ -262,7 +262,9 @@ CASES = {
             lambda m, x: m.fc(
                 m.b(
                     F.interpolate(
-                        F.avg_pool2d(F.max_pool2d(F.relu6(F.dropout(m.a(x), 0.1)), 2), 2),
+                        F.avg_pool2d(
+                            F.max_pool2d(F.relu6(F.dropout(m.a(x), 0.1, m.training)), 2), 2
+                        ),
                         scale_factor=2.0,
                     )
                 )
