@@ -118,19 +118,25 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...]) -> TracedModel:
+def trace(
+    model: nn.Module,
+    example_input: torch.Tensor | tuple[torch.Tensor, ...],
+    *,
+    values: bool = True,
+) -> TracedModel:
     """Trace the forward of a model in train and in eval mode.
 
     Args:
         model: Any fx-traceable module. Not modified.
         example_input: Input as the model takes it, [N, C, ...]; only shape, dtype and device are used. A tuple for
             several inputs.
+        values: The graphs are to be run on numbers, so a model on the meta device is refused.
 
     Raises:
         ModelError: The model is wrapped, cannot be copied, or its parameters lie on several devices.
         TraceError: The forward depends on data, or does not take such an input; the message names the place.
     """
-    _check_model(model)
+    _check_model(model, values)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     replica = _copied(model)
     graphs, inside = [], set()
@@ -146,12 +152,12 @@ def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ..
     if _same(train.graph, eval_.graph):
         eval_ = train
     if train is not eval_:
-        infer_values(train.train(), inputs)
+        infer_values(train.train(), inputs, count=False)
     macs = infer_values(eval_.eval(), inputs)
     return TracedModel(train, eval_, macs, sum(p.numel() for p in model.parameters()))
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, values: bool) -> None:
     """Refuse what cannot be copied and traced as a plain module."""
     require_plain("trace", model)
     tensors = [*model.parameters(), *model.buffers()]
@@ -160,7 +166,7 @@ def _check_model(model: nn.Module) -> None:
         raise ModelError(
             f"trace: model must lie on one device, got tensors on {', '.join(devices)}; use model.to(device)"
         )
-    if devices == ["meta"]:
+    if values and devices == ["meta"]:
         raise ModelError(
             "trace: model must hold values, got tensors on the meta device; use model.to_empty() and initialise it"
         )
