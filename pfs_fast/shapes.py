@@ -6,6 +6,7 @@ their attributes therefore get it without a call; whatever does not look exactly
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from contextlib import nullcontext
@@ -191,7 +192,7 @@ class _Recorder(fx.Interpreter):
         if conv.padding_mode != "zeros" or min(size) < 1:
             return None
         y = x.new_empty((x.size(0), conv.out_channels, *size))
-        self.macs += y.numel() * conv.weight[0].numel()
+        self.macs += y.numel() * math.prod(conv.weight.shape[1:])
         return y
 
     def _linear(self, linear: nn.Linear, x: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -26,10 +27,10 @@ from .errors import ModelError, TraceError
 from .functional import call_layers
 from .shapes import infer_values
 
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
+_TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep  # not torchvision
 # Layers that stay one node, also as subclasses with the forward of their base.
 _LAYERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm, FrozenBatchNorm2d)
-_OWN_FOLDER = str(Path(__file__).parent)
+_OWN_FOLDER = str(Path(__file__).parent) + os.sep
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _trace_mode(model: nn.Module) -> tuple[fx.GraphModule, set[nn.Module]]:
         raise TraceError(
             f"trace: model must be traceable by torch.fx, but module '{where}' ({type(_get(model, where)).__name__}) "
             f"is not{_user_line(error)}: {type(error).__name__}: {error}; make its control flow independent of tensor "
-            "values, or hide the step behind torch.fx.wrap"
+            "values, hide the step behind torch.fx.wrap, or pass a part without it, as the backbone of a detector"
         ) from error
     inside = call_layers(graph, tracer.root)
     return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__), inside
