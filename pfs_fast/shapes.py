@@ -101,6 +101,7 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule, count: bool) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
+        self.extra_traceback = False  # the error below says more
         self._count = count
         self.macs = 0  # of two images
         self._named = dict(graph_module.named_modules())
@@ -216,10 +217,10 @@ def _find_stale(graph: fx.Graph) -> None:
         return
     holders: dict[int, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        for memory in _memories(node):
+        for memory in memories(node):
             holders[memory].append(node)
     for node in graph.nodes:
-        shared = {h: None for w in node.meta["writes"] for m in _memories(w) for h in holders[m]}
+        shared = {h: None for w in node.meta["writes"] for m in memories(w) for h in holders[m]}
         node.meta["stale"] = tuple(
             h
             for h in shared
@@ -227,7 +228,8 @@ def _find_stale(graph: fx.Graph) -> None:
         )
 
 
-def _memories(node: fx.Node) -> set[int]:
+def memories(node: fx.Node) -> set[int]:
+    """What the tensors of a node's value are stored in."""
     value = node.meta["val"]
     values = value if isinstance(value, (tuple, list)) else (value,)
     return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}
