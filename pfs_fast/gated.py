@@ -150,7 +150,7 @@ class _Builder:
         graph = graph_module.graph
         _reshape_views(graph)
         for node in list(graph.nodes):
-            if node.op != "call_module":
+            if node.op != "call_module" or node.meta["hooked"]:
                 continue
             module = self._modules[node.target]
             if isinstance(module, _BatchNorm):

@@ -234,6 +234,15 @@ def test_gated_network_equals_every_form_of_model(form, kernels):
         assert_same(network(x), model(x))
 
 
+def test_gated_network_runs_hooks_that_change_what_a_layer_gives():
+    model = nn.Sequential(cbr(3, 4), conv(4, 5), nn.BatchNorm2d(5), conv(5, 4), head(4)).double()
+    model[1].register_forward_hook(lambda m, args, y: 2 * y + 1)
+    model[2].register_forward_pre_hook(lambda m, args: (args[0].square(),))
+    x = torch.randn(3, 3, 5, 5, dtype=torch.float64)
+    network, _ = gate(model, x)
+    assert_same(network(x), model(x))
+
+
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_gated_network_multiplies_before_the_sum_and_the_activation(kernels):
     model = Net(

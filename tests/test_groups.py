@@ -66,6 +66,13 @@ def view_of_written(m, x):
     return m.fc(m.b(flat[:, :, None, None]))
 
 
+def hooked(*hooks) -> nn.Module:
+    model = Net(lambda m, x: m.fc(m.b(m.a(x))), a=conv(3, 6), b=conv(6, 5), fc=head(5))
+    for hook in hooks:
+        model.b.register_forward_hook(hook)
+    return model
+
+
 class NormAct(nn.BatchNorm2d):
     """Batch norm and activation in one module, as timm has it."""
 
@@ -763,6 +770,17 @@ CASES = {
         ),
         {("b.0",): 5},
         {"a": r"a parameter of layer 'a' is read by the forward itself"},
+    ),
+    "hook that looks": Case(hooked(lambda m, x, y: None), {A: 6, ("b",): 5}),
+    "hook that changes": Case(
+        hooked(lambda m, x, y: None, lambda m, x, y: y - y.mean(1, keepdim=True)),
+        {},
+        {"a": "a forward hook of 'b' changes"},
+    ),
+    "hook that changes in place": Case(
+        hooked(lambda m, x, y: y.sigmoid_()),
+        {},
+        {"a": "a forward hook of 'b' changes"},
     ),
     "sum in place, the other name is read": Case(
         Net(other_name, a=conv(3, 6), b=conv(3, 6), c=conv(12, 5), fc=head(5)),

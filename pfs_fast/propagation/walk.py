@@ -76,6 +76,8 @@ class Propagation:
             call.fix_all(args, "it is an output of the network")
             self._fix_counted(call)
             return None
+        if node.meta["hooked"]:
+            return call.refuse(f"a forward hook of '{node.target}' changes what it takes or gives")
         rule = layer_rule(module)
         if rule is not None:
             return rule(call)
