@@ -86,7 +86,10 @@ class _Graph:
             elif name in rules.MULTIPLICATIVE:
                 zero[node] = any(zero[s] for s in sources)
             elif name in rules.ADDITIVE | rules.EXTREMES:
-                zero[node] = all(zero.get(a, False) for a in node.args[:2])
+                operands = node.args[:2]
+                zero[node] = all(
+                    zero.get(a, False) if isinstance(a, fx.Node) else a == 0 for a in operands
+                )
             else:
                 zero[node] = all(zero[s] for s in sources)
         return zero

@@ -436,6 +436,9 @@ CASES = {
         {},
         {"a": f"{NOT_ZERO} 'fc.2'"},
     ),
+    "branches summed from 0": Case(
+        Net(lambda m, x: m.fc(sum([m.a(x), m.b(x)])), **two), {AB: 6}, residual=(AB,)
+    ),
     "clamp at 0": Case(
         Net(lambda m, x: m.fc(m.a(x).clamp(min=0)), a=conv(3, 6), fc=head(6)), {A: 6}
     ),
