@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from . import rules
 from .analysis import ChannelGraph
+from .functional import is_same_padded
 from .gates import GateBank
 from .narrow import NORMS
 from .shapes import memories
@@ -181,6 +182,7 @@ class _Builder:
         plain = (
             isinstance(module, _ConvNd)
             and not isinstance(module, _ConvTransposeNd)
+            and not is_same_padded(module)
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
         )

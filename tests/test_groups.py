@@ -73,6 +73,17 @@ def hooked(*hooks) -> nn.Module:
     return model
 
 
+class SizeDependent(nn.Module):
+    """Cannot be traced, but run: its control flow asks for sizes only."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) if x.size(2) > 3 else x
+
+
 class NormAct(nn.BatchNorm2d):
     """Batch norm and activation in one module, as timm has it."""
 
@@ -773,6 +784,31 @@ CASES = {
         ),
         {("b.0",): 5},
         {"a": r"a parameter of layer 'a' is read by the forward itself"},
+    ),
+    "control flow by sizes": Case(
+        nn.Sequential(
+            cbr(3, 6), SizeDependent(conv(6, 5)), cbr(5, 4), SizeDependent(conv(4, 4)), head(4)
+        ),
+        {},
+        {
+            "0.0": r"module '1' \(SizeDependent\) cannot be traced",
+            "2.0": r"module '3' \(SizeDependent\) cannot be traced",
+            "4.2": OUTPUT,
+        },
+        head=False,
+    ),
+    "layer that an untraceable module calls too": Case(
+        (
+            lambda inner: Net(
+                lambda m, x: m.fc(m.b(m.a(x)) + m.s(x.repeat(1, 2, 1, 1))),
+                a=cbr(3, 6),
+                b=inner,
+                s=SizeDependent(inner),
+                fc=head(5),
+            )
+        )(conv(6, 5)),
+        {},
+        {"a.0": "read by 's'", "b": "cannot be traced|read by 's'"},
     ),
     "hook that looks": Case(hooked(lambda m, x, y: None), {A: 6, ("b",): 5}),
     "hook that changes": Case(
