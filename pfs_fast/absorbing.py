@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torchvision.ops import FrozenBatchNorm2d
 
 from . import rules
 from .gated import FrozenConv, FusedNorm, GatedNetwork, GatedOutput
 from .groups import ChannelGroup, ChannelGroups
+from .narrow import NORMS
 
 _ABSORBING_ACTS = frozenset({"relu", "relu6"})
 
@@ -74,12 +76,20 @@ class _Graph:
                 zero[node] = inner and rest_zero
             elif isinstance(module, GatedOutput):
                 zero[node] = True
+            elif isinstance(module, NORMS):
+                affine = not isinstance(module, FrozenBatchNorm2d)  # which shifts by its mean
+                zero[node] = affine and zero.get(node.args[0], False) and _no_shift(module)
             elif self._depthwise(node):
                 zero[node] = zero.get(node.args[0], False) and _no_shift(_conv(module))
-            elif not sources or self._mixes(node) or name in rules.ELEMENTWISE:
+            elif not sources or self._mixes(node) or name in rules.LIFTING:
                 zero[node] = False
             elif name in rules.MULTIPLICATIVE:
                 zero[node] = any(zero[s] for s in sources)
+            elif name in rules.ADDITIVE | rules.EXTREMES:
+                operands = node.args[:2]
+                zero[node] = all(
+                    zero.get(a, False) if isinstance(a, fx.Node) else a == 0 for a in operands
+                )
             else:
                 zero[node] = all(zero[s] for s in sources)
         return zero

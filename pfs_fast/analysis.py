@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .groups import FIXED, ChannelGroup, ChannelGroups, Layer
-from .propagate import NONE, Constraints, LayerUse, Propagation
+from .narrow import is_channelwise
+from .propagation import NONE, Constraints, LayerUse, Propagation
 from .trace import TracedModel, trace
 
 
@@ -37,20 +37,24 @@ def analyse(
     """Find the prunable channel groups of a model.
 
     Args:
-        model: Any fx-traceable module. Not modified.
+        model: Any fx-traceable module. Not modified. It may lie on the meta device, as does the example then: nothing but
+            shapes is looked at.
         example_input: Input as the model takes it, [N, C, ...].
 
     Raises:
         ModelError, TraceError: As ``pfs_fast.trace.trace``.
     """
-    return channel_graph(model, example_input).groups
+    return channel_graph(model, example_input, values=False).groups
 
 
 def channel_graph(
-    model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...]
+    model: nn.Module,
+    example_input: torch.Tensor | tuple[torch.Tensor, ...],
+    *,
+    values: bool = True,
 ) -> ChannelGraph:
-    """``analyse`` with everything that attaching gates needs besides."""
-    traced = trace(model, example_input)
+    """``analyse`` with everything that attaching gates needs besides; ``values`` as in ``trace``."""
+    traced = trace(model, example_input, values=values)
     propagation = Propagation(traced)
     constraints = propagation.constraints
     root = _components(constraints.num_labels, constraints.pairs + constraints.ties)
@@ -197,8 +201,9 @@ def _with_layers(
 
 def _layer(name: str, module: nn.Module, use: LayerUse, unit_of_label: np.ndarray) -> Layer:
     out_units, in_units = unit_of_label[use.out], unit_of_label[use.inputs]
-    if isinstance(module, _BatchNorm):
-        return Layer(name, "bn", out_units, in_units, 1, False, 0, 0, 2 if module.affine else 0)
+    if is_channelwise(module):
+        own = sum(p is not None for p in module._parameters.values())
+        return Layer(name, "bn", out_units, in_units, 1, False, 0, 0, own)
     bias = int(module.bias is not None)
     if isinstance(module, nn.Linear):
         return Layer(name, "linear", out_units, in_units, 1, False, use.positions, 1, bias)

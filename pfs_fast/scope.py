@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torchvision
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import rules
 from .analysis import ChannelGraph
 from .errors import ConfigError, ModelError
 from .groups import FIXED, ChannelGroup, ChannelGroups
-from .propagate import Value
+from .narrow import NORMS
+from .propagation import Value
 
 SCOPES = ("paper", "all")
 
@@ -119,7 +119,7 @@ def gate_sites(graph: ChannelGraph, chosen: ChannelGroups, scope: str) -> tuple[
     statistics of a later norm would cancel the scale of an earlier gate. A producer whose channels reach the next layer
     past any batch norm is gated itself.
     """
-    units = _UnitsAtNodes(graph, chosen)
+    units = _UnitsAtNodes(graph, chosen, shifts=scope == "all")
     norms = units.last_norms() if scope == "all" else units.first_norms()
     sites = {name: units.at_layer(name) for name in norms}
     for group in chosen.groups:
@@ -134,9 +134,16 @@ def gate_sites(graph: ChannelGraph, chosen: ChannelGroups, scope: str) -> tuple[
 
 
 class _UnitsAtNodes:
-    """The train graph with the gated units at each node."""
+    """The train graph with the gated units at each node.
 
-    def __init__(self, graph: ChannelGraph, chosen: ChannelGroups) -> None:
+    Args:
+        graph: Analysis of the model.
+        chosen: The gated groups.
+        shifts: Take a depthwise convolution with a bias, which would lift a channel off 0, for a norm.
+    """
+
+    def __init__(self, graph: ChannelGraph, chosen: ChannelGroups, *, shifts: bool) -> None:
+        self._shifts = shifts
         self.graph = graph.traced.train.graph
         self.modules = dict(graph.traced.train.named_modules())
         self.layers = {layer.name: layer for layer in chosen.layers}
@@ -162,12 +169,15 @@ class _UnitsAtNodes:
         """``"norm"``, ``"mix"`` (a layer that mixes channels), ``"depthwise"`` or ``"other"``."""
         if node.op != "call_module":
             return "other"
-        if isinstance(self.modules[node.target], _BatchNorm):
+        if isinstance(self.modules[node.target], NORMS):
             return "norm"
         layer = self.layers.get(node.target)
         if layer is None:
             return "other"
-        return "depthwise" if layer.depthwise else "mix"
+        if not layer.depthwise:
+            return "mix"
+        biased = self.modules[node.target].bias is not None
+        return "norm" if self._shifts and biased else "depthwise"
 
     def last_norms(self) -> set[str]:
         direct = self._reaching()
@@ -220,7 +230,7 @@ class _UnitsAtNodes:
             name = rules.plain_name(node, module) if node.op.startswith("call") else ""
             if kind == "norm":
                 gated[node] = True
-            elif kind == "mix" or name in rules.ELEMENTWISE or not sources:
+            elif kind == "mix" or name in rules.LIFTING or not sources:
                 gated[node] = False
             elif name in rules.MULTIPLICATIVE:
                 gated[node] = any(gated[s] for s in sources)

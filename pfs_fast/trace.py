@@ -7,26 +7,30 @@ of one deep copy, and the user's model is never touched.
 from __future__ import annotations
 
 import copy
+import operator
+import os
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import FrozenBatchNorm2d
 
 from ._modules import require_plain
 from .errors import ModelError, TraceError
+from .functional import call_layers, is_same_padded
+from .shapes import infer_values
 
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
-_OWN_FOLDER = str(Path(__file__).parent)
+_TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep  # not torchvision
+# Layers that stay one node, also as subclasses with the forward of their base.
+_LAYERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm, FrozenBatchNorm2d)
+_OWN_FOLDER = str(Path(__file__).parent) + os.sep
 
 
 @dataclass(frozen=True)
@@ -35,35 +39,80 @@ class TracedModel:
 
     Attributes:
         train: Graph of the forward in train mode; ``node.meta["val"]`` holds a fake tensor (or another value) per node,
-            for a batch of two.
+            for a batch of two, ``writes`` and ``stale`` what an operation overwrites (``shapes.infer_values``).
         eval: Graph in eval mode; the same object as ``train`` where both are equal.
         macs: MACs of the eval forward of one image, all operations that ``torch.utils.flop_counter`` knows.
         params: Parameters of the model, each counted once, also of modules that the forward never calls.
+        opaque: Modules that could not be traced and are one node each: name -> why. Their channels are held whole.
     """
 
     train: fx.GraphModule
     eval: fx.GraphModule
     macs: int
     params: int
+    opaque: dict[str, str] = field(default_factory=dict)
 
     @property
     def graphs(self) -> tuple[fx.GraphModule, ...]:
         return (self.train,) if self.train is self.eval else (self.train, self.eval)
 
 
+class _Proxy(fx.Proxy):
+    """Records ``y += z`` as what it is: torch.fx would take it for ``y = y + z``, and other names of y for unchanged."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+    def __ipow__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ipow, other)
+
+    def __ifloordiv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ifloordiv, other)
+
+    def __imod__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imod, other)
+
+    def __iand__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iand, other)
+
+    def __ior__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ior, other)
+
+    def __ixor__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ixor, other)
+
+    def _in_place(self, operation: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Keeps every layer that pruning narrows as one node, and remembers where it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, opaque: set[type[nn.Module]]) -> None:
         super().__init__()
         self.path: list[str] = []
+        self._opaque = opaque
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        for base in (_ConvNd, nn.Linear, _BatchNorm):
+        if type(m) in self._opaque or is_same_padded(m):
+            return True
+        for base in _LAYERS:
             # A subclass with the forward of its base (weight standardisation has one of its own) is that layer.
             if isinstance(m, base):
                 own = type(m)
-                torch_class = next(c for c in own.__mro__ if c.__module__.startswith("torch.nn."))
+                torch_class = _torch_class(own)
                 if own.forward is torch_class.forward:
                     return True
         return super().is_leaf_module(m, module_qualified_name)
@@ -75,35 +124,83 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...]) -> TracedModel:
+def trace(
+    model: nn.Module,
+    example_input: torch.Tensor | tuple[torch.Tensor, ...],
+    *,
+    values: bool = True,
+) -> TracedModel:
     """Trace the forward of a model in train and in eval mode.
 
     Args:
         model: Any fx-traceable module. Not modified.
         example_input: Input as the model takes it, [N, C, ...]; only shape, dtype and device are used. A tuple for
             several inputs.
+        values: The graphs are to be run on numbers, so a model on the meta device is refused.
 
     Raises:
         ModelError: The model is wrapped, cannot be copied, or its parameters lie on several devices.
         TraceError: The forward depends on data, or does not take such an input; the message names the place.
     """
-    _check_model(model)
+    _check_model(model, values)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     replica = _copied(model)
-    graphs = []
-    for training in (True, False):
-        replica.train(training)
-        graphs.append(_trace_mode(replica))
+    graphs, inside, untraceable = _trace_modes(replica)
+    for layer in inside:
+        # What the subclass does besides stands in the graph; the layer itself is that of its base.
+        layer.__class__ = _torch_class(type(layer))
     train, eval_ = graphs
     if _same(train.graph, eval_.graph):
         eval_ = train
-    if train is not eval_:
-        _infer_values(train.train(), inputs)
-    macs = _infer_values(eval_.eval(), inputs)
-    return TracedModel(train, eval_, macs, sum(p.numel() for p in model.parameters()))
+    try:
+        if train is not eval_:
+            infer_values(train.train(), inputs, count=False)
+        macs = infer_values(eval_.eval(), inputs)
+    except TraceError:
+        if untraceable:  # not for their sizes alone, as it now turns out
+            raise next(iter(untraceable.values())) from None
+        raise
+    opaque = {
+        name: f"module '{name}' ({type(module).__name__}) cannot be traced"
+        for name, module in replica.named_modules()
+        if type(module) in untraceable
+    }
+    return TracedModel(train, eval_, macs, sum(p.numel() for p in model.parameters()), opaque)
 
 
-def _check_model(model: nn.Module) -> None:
+def _trace_modes(
+    model: nn.Module,
+) -> tuple[list[fx.GraphModule], set[nn.Module], dict[type[nn.Module], TraceError]]:
+    """Graphs in train and eval mode, layers with a forward of their own, and classes that had to stay one node.
+
+    A module whose forward asks for sizes (``if x.size(2) != 7``) cannot be traced, but run as it is.
+    """
+    untraceable: dict[type[nn.Module], TraceError] = {}
+    while True:
+        graphs, inside = [], set()
+        try:
+            for training in (True, False):
+                model.train(training)
+                graph_module, layers = _trace_mode(model, set(untraceable))
+                graphs.append(graph_module)
+                inside |= layers
+            return graphs, inside, untraceable
+        except _Untraceable as error:
+            kind = type(error.module)
+            if error.module is model or kind in untraceable or kind.__module__.startswith("torch."):
+                raise next(iter(untraceable.values()), error.error) from None
+            untraceable[kind] = error.error
+
+
+class _Untraceable(Exception):
+    """A module that torch.fx does not trace, and the error that says so."""
+
+    def __init__(self, module: nn.Module, error: TraceError) -> None:
+        super().__init__(str(error))
+        self.module, self.error = module, error
+
+
+def _check_model(model: nn.Module, values: bool) -> None:
     """Refuse what cannot be copied and traced as a plain module."""
     require_plain("trace", model)
     tensors = [*model.parameters(), *model.buffers()]
@@ -112,7 +209,7 @@ def _check_model(model: nn.Module) -> None:
         raise ModelError(
             f"trace: model must lie on one device, got tensors on {', '.join(devices)}; use model.to(device)"
         )
-    if devices == ["meta"]:
+    if values and devices == ["meta"]:
         raise ModelError(
             "trace: model must hold values, got tensors on the meta device; use model.to_empty() and initialise it"
         )
@@ -129,8 +226,11 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _trace_mode(model: nn.Module) -> fx.GraphModule:
-    tracer = _Tracer()
+def _trace_mode(
+    model: nn.Module, opaque: set[type[nn.Module]]
+) -> tuple[fx.GraphModule, set[nn.Module]]:
+    """The graph, and layers with a forward of their own that became calls of their base."""
+    tracer = _Tracer(opaque)
     try:
         with warnings.catch_warnings():
             # What traced control flow warns of becomes an error below if it matters.
@@ -138,12 +238,23 @@ def _trace_mode(model: nn.Module) -> fx.GraphModule:
             graph = tracer.trace(model)
     except Exception as error:  # whatever the user's forward raises under tracing
         where = tracer.path[-1] if tracer.path else "the model itself"
-        raise TraceError(
-            f"trace: model must be traceable by torch.fx, but module '{where}' ({type(_get(model, where)).__name__}) "
+        module = _get(model, where)
+        named = TraceError(
+            f"trace: model must be traceable by torch.fx, but module '{where}' ({type(module).__name__}) "
             f"is not{_user_line(error)}: {type(error).__name__}: {error}; make its control flow independent of tensor "
-            "values, or hide the step behind torch.fx.wrap"
-        ) from error
-    return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
+            "values, hide the step behind torch.fx.wrap, or pass a part without it, as the backbone of a detector"
+        )
+        named.__cause__ = error
+        raise _Untraceable(module, named) from error
+    inside = call_layers(graph, tracer.root)
+    return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__), inside
+
+
+def _torch_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The library's class that a layer is derived from."""
+    return next(
+        c for c in kind.__mro__ if c is FrozenBatchNorm2d or c.__module__.startswith("torch.nn.")
+    )
 
 
 def _get(model: nn.Module, name: str) -> nn.Module:
@@ -164,41 +275,3 @@ def _same(a: fx.Graph, b: fx.Graph) -> bool:
             yield node.op, str(node.target), str(node.args), str(node.kwargs)
 
     return list(form(a)) == list(form(b))
-
-
-class _ValueRecorder(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            value = super().run_node(n)
-        except Exception as error:
-            raise TraceError(
-                f"trace: example_input must fit the model, but {n.op} '{n.target}' fails: {type(error).__name__}: "
-                f"{error}; pass an input of the shape and dtype that the model takes"
-            ) from error
-        n.meta["val"] = value
-        return value
-
-
-def _infer_values(graph_module: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> int:
-    """Store the (fake) value of every node; returns the MACs of one image."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # Fake tensors carry small integers as values: a batch norm would count this run in its real buffer.
-    counters = [(b, b.clone()) for b in graph_module.buffers() if not b.is_floating_point()]
-    with mode:
-        # Two images: batch norm over 1x1 maps needs more than one value a channel.
-        fakes = [torch.empty((2, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs]
-        # The fused attention of nn.MultiheadAttention is one operation that the counter does not know.
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with (
-                FlopCounterMode(display=False) as counter,
-                sdpa_kernel(SDPBackend.MATH),
-                torch.no_grad(),
-            ):
-                _ValueRecorder(graph_module).run(*fakes)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-    for buffer, value in counters:
-        buffer.copy_(value)
-    return counter.get_total_flops() // 4  # two operations a MAC, two images
