@@ -11,8 +11,8 @@ import numpy as np
 
 from .budget import Limits, Width
 from .cost import CostModel, Part
-from .errors import BudgetError
-from .groups import FIXED, Layer
+from .errors import BudgetError, ModelError
+from .groups import FIXED, ChannelGroups, Layer
 from .patterns import require_known
 
 
@@ -41,49 +41,79 @@ def unit_bounds(cost_model: CostModel, limits: Limits) -> list[tuple[int, int]]:
             (part.floor(limits.min_channels, limits.multiple_of), len(part.units))
             for part in cost_model.parts
         ]
-    layers = {layer.name: layer for layer in cost_model.groups.layers}
-    touched = [_layers_of(part, layers) for part in cost_model.parts]
-    ignored = {
-        name for pattern in limits.ignore for name in require_known("ignore", pattern, layers)
-    }
-    rules = [
-        (pattern, ends, set(require_known("widths", pattern, layers)))
-        for pattern, ends in limits.widths
+    groups = cost_model.groups
+    layers = {layer.name: layer for layer in groups.layers}
+    parts_of = _Parts(cost_model)
+    found = [
+        _Range(
+            part.floor(limits.min_channels, limits.multiple_of),
+            len(part.units),
+            _floor_rule(limits),
+            "the whole width",
+        )
+        for part in cost_model.parts
     ]
-    for pattern, ends, meant in rules:
-        _require_prunable(pattern, ends, [layers[name] for name in sorted(meant)], cost_model)
-    bounds = []
-    for part, names in zip(cost_model.parts, touched, strict=True):
-        size = len(part.units)
-        floor = part.floor(limits.min_channels, limits.multiple_of)
-        found = _Range(floor, size, _floor_rule(limits), "the whole width")
-        for name in names:
-            if name in ignored and found.least < size:
-                found.least, found.least_by = size, f"ignore, which names {name!r}"
-            for pattern, ends, meant in rules:
-                if name in meant:
-                    _narrow(found, part, layers[name], pattern, ends)
-        bounds.append(_rounded(found, part, limits))
-    return bounds
-
-
-def _layers_of(part: Part, layers: dict[str, Layer]) -> list[str]:
-    """Layers whose output channels are of the part: producers and what the channels pass through one by one."""
-    names = dict.fromkeys([part.group.name, *part.group.producers, *part.group.followers])
+    for pattern in limits.ignore:
+        for name in require_known("ignore", pattern, layers):
+            for index in parts_of.layer(layers[name]):
+                found[index].least = len(cost_model.parts[index].units)
+                found[index].least_by = f"ignore, which names {name!r}"
+    for pattern, ends in limits.widths:
+        meant = [layers[name] for name in require_known("widths", pattern, layers)]
+        _require_prunable(pattern, ends, meant, dict(groups.fixed))
+        for layer in meant:
+            for index in parts_of.layer(layer):
+                _narrow(found[index], cost_model.parts[index], layer, pattern, ends)
     return [
-        name
-        for name in names
-        if name in layers and np.isin(part.units, layers[name].out_units).any()
+        _rounded(range_, part, limits) for range_, part in zip(found, cost_model.parts, strict=True)
     ]
+
+
+class _Parts:
+    """Which parts the output channels of a layer belong to."""
+
+    def __init__(self, cost_model: CostModel) -> None:
+        self._part_of_unit = np.zeros(cost_model.groups.num_units, dtype=np.int64)
+        for index, part in enumerate(cost_model.parts):
+            self._part_of_unit[part.units] = index
+
+    def layer(self, layer: Layer) -> list[int]:
+        units = layer.out_units[layer.out_units != FIXED]
+        return np.unique(self._part_of_unit[units]).tolist()
+
+
+def without_ignored(groups: ChannelGroups, ignore: tuple[str, ...]) -> ChannelGroups:
+    """The groups in which no ignored layer makes or passes on a channel; the others are held whole.
+
+    Raises:
+        BudgetError: A pattern that means no layer.
+        ModelError: No group is left; the message lists why.
+    """
+    if not ignore:
+        return groups
+    layers = {layer.name: layer for layer in groups.layers}
+    ignored = np.zeros(groups.num_units, dtype=bool)
+    for pattern in ignore:
+        for name in require_known("ignore", pattern, layers):
+            units = layers[name].out_units
+            ignored[units[units != FIXED]] = True
+    names = [g.name for g in groups.groups if not ignored[g.start : g.start + g.size].any()]
+    left = groups.restrict(names, "the budget ignores it")
+    if not left.groups:
+        lines = "\n".join(f"  {name}: {why}" for name, why in left.fixed)
+        raise ModelError(
+            f"search: model must have a channel group that the budget does not ignore, got none; each is held whole because:"
+            f"\n{lines}\nignore fewer layers than {', '.join(map(repr, ignore))}"
+        )
+    return left
 
 
 def _require_prunable(
-    pattern: str, ends: tuple[Width, Width], meant: list[Layer], cost_model: CostModel
+    pattern: str, ends: tuple[Width, Width], meant: list[Layer], reasons: dict[str, str]
 ) -> None:
     """A rule that means only layers that are held whole must allow their whole width."""
     if any((layer.out_units != FIXED).any() for layer in meant):
         return
-    reasons = dict(cost_model.groups.fixed)
     for layer in meant:
         whole = len(layer.out_units)
         most = _channels(ends[1], whole, math.floor)

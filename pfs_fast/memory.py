@@ -9,14 +9,13 @@ operation are not activations. This is what an executor needs that frees each va
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
+from .shapes import ForwardRecord, storage_of, tensors_of
 from .sides import Sides
 
 
@@ -47,18 +46,32 @@ def allocations(graph_module: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) 
         graph_module: Traced network. Not modified; labels are those of ``node.meta["labelled"]`` where there are any.
         inputs: Only shape, dtype and device are used.
     """
-    recorder = _Recorder(graph_module)
-    modes = [(module, module.training) for module in graph_module.modules()]
-    try:
-        graph_module.eval()
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            parameters = [*graph_module.parameters(), *graph_module.buffers()]
-            recorder.ignore(parameters)
-            recorder.run(*(mode.from_tensor(x) for x in inputs))
-    finally:
-        for module, training in modes:
-            module.training = training
-    return recorder.allocations()
+    record = ForwardRecord(graph_module, inputs)
+    owner: dict[int, tuple[fx.Node, torch.Tensor]] = {}
+    last: dict[int, int] = {}
+    labels: dict[int, np.ndarray] = {}
+    position = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    for node, value in record.values.items():
+        read = [t for source in node.all_input_nodes for t in tensors_of(record.values[source])]
+        for tensor in [*read, *tensors_of(value)]:
+            key = storage_of(tensor)
+            if key not in record.constants:
+                owner.setdefault(key, (node, tensor))
+                last[key] = position[node]
+        for tensor in tensors_of(value):
+            # The labels of a block are those of the first tensor that fills it and has any.
+            key, seen = storage_of(tensor), node.meta.get("labelled")
+            known = key in labels or getattr(seen, "dim", None) is None
+            if not known and key in owner and tensor.numel() == owner[key][1].numel():
+                labels[key] = seen.labels
+    found = []
+    for key, (node, tensor) in owner.items():
+        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        itemsize = 0 if tensor.is_floating_point() else tensor.element_size()
+        axis = labels.get(key)
+        axis = None if axis is None or elements % len(axis) else axis
+        found.append(Allocation(node.name, position[node], last[key], elements, itemsize, axis))
+    return found
 
 
 class ActivationModel:
@@ -110,69 +123,3 @@ class ActivationModel:
         born = np.cumsum(size[self._by_birth])
         died = np.concatenate([[0], np.cumsum(size[self._by_death])])
         return born - died[self._dead_before]
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph on fake tensors, whose storages tell views and in-place results from new memory."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module, garbage_collect_values=False)  # storages stay apart
-        self._position = {node: i for i, node in enumerate(graph_module.graph.nodes)}
-        self._ignored: set[int] = set()
-        self._owner: dict[int, fx.Node] = {}
-        self._tensor: dict[int, torch.Tensor] = {}
-        self._labels: dict[int, np.ndarray] = {}
-        self._last: dict[int, int] = {}
-
-    def ignore(self, tensors: list[torch.Tensor]) -> None:
-        self._ignored |= {_storage(t) for t in tensors}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        position = self._position[n]
-        if n.op == "get_attr":
-            self._ignored |= {_storage(t) for t in _tensors(value)}
-        read = [t for source in n.all_input_nodes for t in _tensors(self.env[source])]
-        for tensor in [*read, *_tensors(value)]:
-            key = _storage(tensor)
-            if key in self._ignored:
-                continue
-            if key not in self._owner:
-                self._owner[key], self._tensor[key] = n, tensor
-            self._last[key] = position
-        for tensor in _tensors(value):
-            self._learn_labels(n, tensor)
-        return value
-
-    def _learn_labels(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        """The labels of a block are those of the first tensor that fills it and has any."""
-        value, key = node.meta.get("labelled"), _storage(tensor)
-        if key in self._labels or getattr(value, "dim", None) is None:
-            return
-        block = self._tensor.get(key)
-        if block is not None and tensor.numel() == block.numel():
-            self._labels[key] = value.labels
-
-    def allocations(self) -> list[Allocation]:
-        found = []
-        for key, node in self._owner.items():
-            tensor = self._tensor[key]
-            elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-            itemsize = 0 if tensor.is_floating_point() else tensor.element_size()
-            labels = self._labels.get(key)
-            if labels is not None and elements % len(labels):
-                labels = None
-            found.append(
-                Allocation(
-                    node.name, self._position[node], self._last[key], elements, itemsize, labels
-                )
-            )
-        return found
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

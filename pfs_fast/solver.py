@@ -17,6 +17,7 @@ from .budget import Budget, Limits, Widths
 from .cost import CostModel
 from .errors import InfeasibleBudgetError, StructureError
 from .groups import ChannelGroups
+from .limit_check import show
 
 _ALWAYS = -1  # entry step of units that every structure keeps
 
@@ -245,11 +246,6 @@ class Sweep:
             for name in limits.exceeded(self.costs(self.keep(0), limits))
         )
         return f" widen widths or ignore less (without them from {ends}),"
-
-
-def show(name: str, value: int | float) -> str:
-    """A cost as text: whole numbers with commas, milliseconds with four digits."""
-    return f"{value:.4g}" if name == "latency_ms" else f"{value:,.0f}"
 
 
 def solve(
