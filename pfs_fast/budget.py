@@ -177,6 +177,10 @@ class Budget:
                 raise BudgetError(
                     f"Budget.parse: each key must be given once, got {key!r} twice in {text!r}"
                 )
+            if key == "latency_ms" and number.endswith("%"):
+                raise BudgetError(
+                    f"Budget.parse: latency_ms must be in milliseconds, never a share, got {number!r} in {text!r}; write e.g. 20"
+                )
             plain = key in ("device", "precision") or (key, number) == ("multiple_of", "auto")
             values[key] = number if plain else _parsed_number(number, text)
         return Budget(**values, **more)
