@@ -2,7 +2,7 @@
 
 The table holds the time of every distinct layer over a grid of widths, measured once on a machine and kept on disk.
 Between the points it is interpolated, and made to rise with the width, as the solver needs. The sum over the layers
-leaves out what layers do to each other (caches, launches that overlap), so ``fit`` corrects it by whole networks.
+leaves out what layers do to each other (caches, launches that overlap), so ``fit`` goes by whole networks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .timing import DeviceTimer, Task, Timer, Timing
 _NETWORK_SAMPLES = 25
 _AIM = 0.96  # of the limit: room for the measured noise
 _GOOD_ENOUGH = 0.92
-_ROUNDS = 8
+_ROUNDS = 10
 
 
 class LatencyModel:
@@ -47,7 +47,7 @@ class LatencyModel:
         cache: Folder of the tables; default: ``latency_cache.cache_folder()``.
 
     Attributes:
-        scale: Factor from the sum over the layers to a whole network, as ``fit`` found it.
+        scale: Factor from the sum over the layers to a whole network, as ``fit`` found it at the first one.
 
     Raises:
         BudgetError: The device is not there.
@@ -114,12 +114,13 @@ def fit(
 ) -> tuple[np.ndarray, Timing]:
     """The largest structure whose measured latency is within the limit, and all other limits with it.
 
-    Along the order in which channels enter, the latency of whole slim networks is measured at a few places: where the
-    prediction meets the limit, then where the corrected one does, until the measured figure is within the limit and close to
-    it, or no further channel is allowed.
+    Along the order in which channels enter, the latency of whole slim networks is measured at a few places. Between two of
+    them, one within the limit and one above, it is taken to follow the sum over the layers in a straight line; the next
+    place is where that line meets the limit. This ends when the measured figure is within the limit and close to it, or no
+    further channel is allowed.
 
     Args:
-        model: Prediction; its ``scale`` is corrected here. It must be the sweep's gauge for ``latency_ms``.
+        model: Prediction; its ``scale`` is set here. It must be the sweep's gauge for ``latency_ms``.
         sweep: Structures to choose from.
         limits: With ``latency_ms``.
         build: A network with fresh weights for kept units.
@@ -133,56 +134,73 @@ def fit(
     limit = limits.latency_ms
     assert limit is not None
     most = sweep.largest_steps(replace(limits, latency_ms=None))
-    within: dict[int, Timing] = {}
-    above = most + 1  # the fewest steps known to take too long
-
-    def measured(steps: int) -> Timing:
-        nonlocal above
-        timing = model.measure(build(sweep.keep(steps)))
-        if timing.median <= limit:
-            within[steps] = timing
-        else:
-            above = min(above, steps)
-        predicted = model.evaluate(sweep.keep(steps))
-        model.scale *= timing.median / predicted if predicted > 0 else 1.0
-        return timing
-
-    steps = most
-    timing = measured(steps)
-    for _ in range(_ROUNDS):
-        if steps in within and (steps == most or timing.median >= _GOOD_ENOUGH * limit):
+    found: dict[int, Timing] = {most: model.measure(build(sweep.keep(most)))}
+    model.scale *= found[most].median / model.evaluate(sweep.keep(most))
+    for turn in range(_ROUNDS):
+        low = max((s for s, t in found.items() if t.median <= limit), default=None)
+        if low == most:
             break
-        low = max((s for s in within if s < above), default=-1)
-        steps = _predicted_steps(model, sweep, most, _AIM * limit)
-        steps = min(max(steps, low + 1), above - 1)
-        if steps <= low:
+        high = min(s for s, t in found.items() if t.median > limit and (low is None or s > low))
+        if high == 0:
+            raise InfeasibleBudgetError(_infeasible(model, limits, found[0], sweep, build))
+        if low is not None and (found[low].median >= _GOOD_ENOUGH * limit or high == low + 1):
             break
-        timing = measured(max(steps, 0))
-    below = [s for s in within if s < above]
-    if not below:
-        timing = measured(0)
-        if 0 not in within:
-            whole = model.measure(build(np.ones_like(sweep.keep(0))))
-            raise InfeasibleBudgetError(
-                f"solve: budget must be feasible: latency_ms must be in [{timing.median:.4g}, {whole.median:.4g}] (measured on "
-                f"{model.device}, batch {model.run.batch}, {model.run.precision}, spread {timing.spread:.2g} ms), got {limit:g}; raise "
-                f"the limit, lower min_channels ({limits.min_channels}) or multiple_of ({limits.multiple_of}), or make more groups prunable"
-            )
-        below = [0]
-    best = max(below)
-    return sweep.keep(best), within[best]
+        steps = _next_steps(model, sweep, found, low, high, limit, bisect=turn % 3 == 2)
+        found[steps] = model.measure(build(sweep.keep(steps)))
+    fast = [s for s, t in found.items() if t.median <= limit]
+    best = max(fast) if fast else 0
+    if best not in found:
+        found[best] = model.measure(build(sweep.keep(best)))
+        if found[best].median > limit:
+            raise InfeasibleBudgetError(_infeasible(model, limits, found[best], sweep, build))
+    return sweep.keep(best), found[best]
 
 
-def _predicted_steps(model: LatencyModel, sweep: Sweep, most: int, limit: float) -> int:
-    """The most steps whose corrected prediction is within the limit; 0 if none is."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if model.evaluate(sweep.keep(middle)) <= limit:
-            low = middle
+def _next_steps(
+    model: LatencyModel,
+    sweep: Sweep,
+    found: dict[int, Timing],
+    low: int | None,
+    high: int,
+    limit: float,
+    bisect: bool,
+) -> int:
+    """Where to measure next: between ``low``, within the limit, and ``high``, above it. ``low`` None: none is known."""
+    at_high = model.evaluate(sweep.keep(high))
+    if low is None:
+        wanted = at_high * _AIM * limit / found[high].median
+    else:
+        at_low = model.evaluate(sweep.keep(low))
+        share = (_AIM * limit - found[low].median) / (found[high].median - found[low].median)
+        # Every third place halves what is left, should the line be a bad guess again and again.
+        share = 0.5 if bisect else min(max(share, 0.0), 1.0)
+        wanted = at_low + share * (at_high - at_low)
+    first = 0 if low is None else low + 1
+    below, above = first - 1, high  # the most steps that are predicted to be within ``wanted``
+    while above - below > 1:
+        middle = (below + above) // 2
+        if model.evaluate(sweep.keep(middle)) <= wanted:
+            below = middle
         else:
-            high = middle
-    return low
+            above = middle
+    return max(below, first)
+
+
+def _infeasible(
+    model: LatencyModel,
+    limits: Limits,
+    smallest: Timing,
+    sweep: Sweep,
+    build: Callable[[np.ndarray], nn.Module],
+) -> str:
+    whole = model.measure(build(np.ones_like(sweep.keep(0))))
+    rules = ", widen widths or ignore less" if limits.widths or limits.ignore else ""
+    return (
+        f"solve: budget must be feasible: latency_ms must be in [{smallest.median:.4g}, {whole.median:.4g}] (measured on "
+        f"{model.device}, batch {model.run.batch}, {model.run.precision}, spread {smallest.spread:.2g} ms), got "
+        f"{limits.latency_ms:g}; raise the limit, lower min_channels ({limits.min_channels}) or multiple_of "
+        f"({limits.multiple_of}){rules}, or make more groups prunable"
+    )
 
 
 def _settle(network: nn.Module, images: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from .limit_check import LimitCheck
 from .memory import ActivationModel, allocations
 from .scope import chosen_units
 from .slim import slim
-from .solver import Gauge, Sweep
+from .solver import Gauge, Sweep, costs_of
 from .structure import Structure
 from .timing import Timing
 from .trace import trace
@@ -124,15 +124,9 @@ class Meters:
     ) -> tuple[LimitCheck, ...]:
         """Every limit beside its prediction, and what was measured."""
         whole = np.ones(self.groups.num_units, dtype=bool)
-        sweep = Sweep.within(
-            self.groups,
-            np.zeros(self.groups.num_units),
-            np.zeros(self.groups.num_units),
-            limits,
-            self.cost_model,
-            self.gauges(limits),
-        )
-        costs, of_whole = sweep.costs(keep, limits), sweep.costs(whole, limits)
+        gauges = self.gauges(limits)
+        costs = costs_of(keep, limits, self.cost_model, gauges)
+        of_whole = costs_of(whole, limits, self.cost_model, gauges)
         return tuple(
             LimitCheck(
                 name,

@@ -81,6 +81,22 @@ class Gauge(Protocol):
         ...
 
 
+def costs_of(
+    keep: np.ndarray, limits: Limits, cost_model: CostModel, gauges: Mapping[str, Gauge]
+) -> dict[str, int | float]:
+    """What the network that keeps these units costs, for every limit that is set. ``{cost: value}``."""
+    macs, params = cost_model.evaluate(keep)
+    known = {
+        "macs": macs,
+        "params": params,
+        "weight_bytes": params * limits.run.dtype.itemsize,
+    }
+    return {
+        name: known[name] if name in known else gauges[name].evaluate(keep)
+        for name in limits.asked()
+    }
+
+
 class Sweep:
     """All structures that one set of gates leads to, from the floor to the widest network that the budget's widths allow.
 
@@ -178,16 +194,7 @@ class Sweep:
 
     def costs(self, keep: np.ndarray, limits: Limits) -> dict[str, int | float]:
         """What the network that keeps these units costs, for every limit that is set. ``{cost: value}``."""
-        macs, params = self.cost_model.evaluate(keep)
-        known = {
-            "macs": macs,
-            "params": params,
-            "weight_bytes": params * limits.run.dtype.itemsize,
-        }
-        return {
-            name: known[name] if name in known else self.gauges[name].evaluate(keep)
-            for name in limits.asked()
-        }
+        return costs_of(keep, limits, self.cost_model, self.gauges)
 
     def largest(self, limits: Limits) -> np.ndarray:
         """Kept units of the largest structure within the limits. [num_units], bool.

@@ -21,6 +21,7 @@ from pfs_fast.latency import LatencyModel
 from pfs_fast.latency_cache import LatencyCache, cache_folder
 from pfs_fast.latency_layers import operations
 from pfs_fast.latency_table import Table
+from pfs_fast.loop import SearchLoop
 from pfs_fast.timing import DeviceTimer, Task, Timing
 
 CPU = Deployment(device="cpu")
@@ -296,7 +297,7 @@ def test_latency_and_macs_hold_together(timer):
 
 
 def test_infeasible_latency_is_an_error_before_training_with_its_measured_range(timer, monkeypatch):
-    monkeypatch.setattr("pfs_fast.search._run", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(SearchLoop, "step", lambda *_: pytest.fail("trained"))
     message = r"solve: budget must be feasible: latency_ms must be in \[2\.\d+, [\d.]+\] \(measured on cpu, batch 1, fp32, .*got 1;"
     with pytest.raises(InfeasibleBudgetError, match=message):
         search(pfs.Budget(latency_ms=1.0, device="cpu"))
