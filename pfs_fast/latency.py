@@ -2,36 +2,30 @@
 
 The table holds the time of every distinct layer over a grid of widths, measured once on a machine and kept on disk.
 Between the points it is interpolated, and made to rise with the width, as the solver needs. The sum over the layers
-leaves out what layers do to each other (caches, launches that overlap), so ``fit`` goes by whole networks.
+leaves out what layers do to each other (caches, launches that overlap), so
+``latency_fit`` goes by whole networks.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from .budget import Limits
 from .deployment import Deployment
-from .errors import InfeasibleBudgetError
 from .latency_cache import LatencyCache, machine_key
 from .latency_layers import operations
 from .latency_table import measured_tables
 from .narrow import BATCH_NORMS
 from .sides import Sides
-from .solver import Sweep
 from .timing import DeviceTimer, Task, Timer, Timing
 
-_NETWORK_SAMPLES = 25
-_AIM = 0.96  # of the limit: room for the measured noise
-_GOOD_ENOUGH = 0.92
-_ROUNDS = 10
+_TURNS = 25
 
 
 class LatencyModel:
@@ -47,7 +41,7 @@ class LatencyModel:
         cache: Folder of the tables; default: ``latency_cache.cache_folder()``.
 
     Attributes:
-        scale: Factor from the sum over the layers to a whole network, as ``fit`` found it at the first one.
+        scale: Factor from the sum over the layers to a whole network, as ``latency_fit`` found it at the first one.
 
     Raises:
         BudgetError: The device is not there.
@@ -95,6 +89,10 @@ class LatencyModel:
 
     def measure(self, network: nn.Module) -> Timing:
         """Milliseconds of a forward pass of a network, end to end, in eval mode. The network is not modified."""
+        return self.timer([self.task(network)], _TURNS)[0]
+
+    def task(self, network: nn.Module) -> Task:
+        """A copy of a network, ready to be timed as it will run."""
         with _own_randomness(self.device), torch.no_grad():
             replica = copy.deepcopy(network).to(self.device).eval()
             dtype = next((p.dtype for p in replica.parameters()), torch.float32)
@@ -104,103 +102,7 @@ class LatencyModel:
                 images = images.contiguous(memory_format=torch.channels_last)
             _settle(replica, images)
             replica, images = replica.to(self.run.dtype), images.to(self.run.dtype)
-        task = Task("network", (), lambda: replica(images), network)
-        # The slower of two runs: the machine may have had a good moment.
-        return max(self.timer([task], _NETWORK_SAMPLES)[0] for _ in range(2))
-
-
-def fit(
-    model: LatencyModel, sweep: Sweep, limits: Limits, build: Callable[[np.ndarray], nn.Module]
-) -> tuple[np.ndarray, Timing]:
-    """The largest structure whose measured latency is within the limit, and all other limits with it.
-
-    Along the order in which channels enter, the latency of whole slim networks is measured at a few places. Between two of
-    them, one within the limit and one above, it is taken to follow the sum over the layers in a straight line; the next
-    place is where that line meets the limit. This ends when the measured figure is within the limit and close to it, or no
-    further channel is allowed.
-
-    Args:
-        model: Prediction; its ``scale`` is set here. It must be the sweep's gauge for ``latency_ms``.
-        sweep: Structures to choose from.
-        limits: With ``latency_ms``.
-        build: A network with fresh weights for kept units.
-
-    Returns:
-        Kept units [num_units], bool, and the measured milliseconds.
-
-    Raises:
-        InfeasibleBudgetError: The smallest structure takes longer; prints the measured range.
-    """
-    limit = limits.latency_ms
-    assert limit is not None
-    most = sweep.largest_steps(replace(limits, latency_ms=None))
-    found: dict[int, Timing] = {most: model.measure(build(sweep.keep(most)))}
-    model.scale *= found[most].median / model.evaluate(sweep.keep(most))
-    for turn in range(_ROUNDS):
-        low = max((s for s, t in found.items() if t.median <= limit), default=None)
-        if low == most:
-            break
-        high = min(s for s, t in found.items() if t.median > limit and (low is None or s > low))
-        if high == 0:
-            raise InfeasibleBudgetError(_infeasible(model, limits, found[0], sweep, build))
-        if low is not None and (found[low].median >= _GOOD_ENOUGH * limit or high == low + 1):
-            break
-        steps = _next_steps(model, sweep, found, low, high, limit, bisect=turn % 3 == 2)
-        found[steps] = model.measure(build(sweep.keep(steps)))
-    fast = [s for s, t in found.items() if t.median <= limit]
-    best = max(fast) if fast else 0
-    if best not in found:
-        found[best] = model.measure(build(sweep.keep(best)))
-        if found[best].median > limit:
-            raise InfeasibleBudgetError(_infeasible(model, limits, found[best], sweep, build))
-    return sweep.keep(best), found[best]
-
-
-def _next_steps(
-    model: LatencyModel,
-    sweep: Sweep,
-    found: dict[int, Timing],
-    low: int | None,
-    high: int,
-    limit: float,
-    bisect: bool,
-) -> int:
-    """Where to measure next: between ``low``, within the limit, and ``high``, above it. ``low`` None: none is known."""
-    at_high = model.evaluate(sweep.keep(high))
-    if low is None:
-        wanted = at_high * _AIM * limit / found[high].median
-    else:
-        at_low = model.evaluate(sweep.keep(low))
-        share = (_AIM * limit - found[low].median) / (found[high].median - found[low].median)
-        # Every third place halves what is left, should the line be a bad guess again and again.
-        share = 0.5 if bisect else min(max(share, 0.0), 1.0)
-        wanted = at_low + share * (at_high - at_low)
-    first = 0 if low is None else low + 1
-    below, above = first - 1, high  # the most steps that are predicted to be within ``wanted``
-    while above - below > 1:
-        middle = (below + above) // 2
-        if model.evaluate(sweep.keep(middle)) <= wanted:
-            below = middle
-        else:
-            above = middle
-    return max(below, first)
-
-
-def _infeasible(
-    model: LatencyModel,
-    limits: Limits,
-    smallest: Timing,
-    sweep: Sweep,
-    build: Callable[[np.ndarray], nn.Module],
-) -> str:
-    whole = model.measure(build(np.ones_like(sweep.keep(0))))
-    rules = ", widen widths or ignore less" if limits.widths or limits.ignore else ""
-    return (
-        f"solve: budget must be feasible: latency_ms must be in [{smallest.median:.4g}, {whole.median:.4g}] (measured on "
-        f"{model.device}, batch {model.run.batch}, {model.run.precision}, spread {smallest.spread:.2g} ms), got "
-        f"{limits.latency_ms:g}; raise the limit, lower min_channels ({limits.min_channels}) or multiple_of "
-        f"({limits.multiple_of}){rules}, or make more groups prunable"
-    )
+        return Task("network", (), lambda: replica(images), network)
 
 
 def _settle(network: nn.Module, images: torch.Tensor) -> None:

@@ -12,7 +12,8 @@ from .cost import CostModel, count
 from .deployment import Deployment
 from .errors import ModelError
 from .groups import ChannelGroups
-from .latency import LatencyModel, fit
+from .latency import LatencyModel
+from .latency_fit import fit
 from .limit_check import LimitCheck
 from .memory import ActivationModel, allocations
 from .scope import chosen_units
@@ -157,7 +158,7 @@ class Meters:
             found["peak_activation_bytes"] = ActivationModel(
                 blocks, nothing, 0, limits.run.dtype.itemsize
             ).base
-        timings = {name: Timing(found[name], 0.0) for name in asked if name in found}
+        timings = {name: Timing(found[name], 0.0, found[name]) for name in asked if name in found}
         if "latency_ms" in asked:
             timings["latency_ms"] = self.latency(limits.run).measure(network)
         return timings

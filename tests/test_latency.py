@@ -30,8 +30,8 @@ CPU = Deployment(device="cpu")
 class FakeTimer:
     """Layers take a time by their widths; whole networks another one, that no sum of layers gives."""
 
-    def __init__(self, noise: float = 0.0, slope: float = 1e-3) -> None:
-        self.noise, self.slope = noise, slope
+    def __init__(self, noise: float = 0.0, slope: float = 1e-3, drift: float = 0.0) -> None:
+        self.noise, self.slope, self.drift = noise, slope, drift
         self.layers: list[tuple[str, tuple[int, ...]]] = []
         self.networks = 0
         self._random = np.random.default_rng(0)
@@ -42,16 +42,19 @@ class FakeTimer:
 
     def __call__(self, tasks, samples):
         found = []
+        busy = 1 + self.drift * self._random.random()  # what else the machine does just now
         for task in tasks:
             task.run()  # every layer can be run at every width
             if task.network is None:
                 self.layers.append((task.name, task.widths))
                 inputs, outputs = (max(1, width) for width in task.widths)
-                found.append(Timing(0.01 + 1e-4 * inputs * outputs, 0.0))
+                time = 0.01 + 1e-4 * inputs * outputs
+                found.append(Timing(time, 0.0, time))
             else:
                 self.networks += 1
-                factor = 1 + self.noise * self._random.standard_normal()
-                found.append(Timing(self.network_ms(task.network) * factor, 0.02))
+                factor = busy + self.noise * self._random.standard_normal()
+                time = self.network_ms(task.network) * factor
+                found.append(Timing(time, 0.02, time))
         return found
 
 
@@ -277,6 +280,15 @@ def test_noise_does_not_lift_the_result_above_the_limit(monkeypatch):
     limit = 0.6 * timer.network_ms(net)
     structure = search(pfs.Budget(latency_ms=limit, device="cpu"), net).structure
     assert 0.85 * limit <= timer.network_ms(pfs.slim(net, structure)) <= 1.02 * limit
+
+
+def test_a_machine_that_is_busy_now_and_then_is_no_trouble(monkeypatch):
+    timer = FakeTimer(slope=1e-2, drift=1.0)
+    monkeypatch.setattr(latency, "DeviceTimer", lambda device, threads: timer)
+    net = network()
+    limit = 1.5 * 0.6 * timer.network_ms(net)  # half as slow again at the median
+    structure = search(pfs.Budget(latency_ms=limit, device="cpu"), net).structure
+    assert 0.6 * limit <= 1.5 * timer.network_ms(pfs.slim(net, structure)) <= 1.3 * limit
 
 
 def test_a_limit_that_does_not_bind_keeps_everything(timer):
