@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from fractions import Fraction
 from typing import Any
 
+from .budget_values import (
+    Width,
+    Widths,
+    absolute,
+    checked_count,
+    checked_limit,
+    checked_patterns,
+    checked_time,
+    checked_widths,
+    parsed_number,
+)
 from .deployment import Deployment
 from .errors import BudgetError
 
 COSTS = ("macs", "params", "weight_bytes", "peak_activation_bytes", "latency_ms")
 """Everything that has an upper limit, in the order in which it is asked for and reported."""
-
-_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
-_BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_NUMBER = re.compile(
-    r"^(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d+))?\s*(KiB|MiB|GiB|[KMGB%]?)$", re.IGNORECASE
-)
-
-Width = int | float | None
-Widths = tuple[tuple[str, tuple[Width, Width]], ...]
 
 
 @dataclass(frozen=True)
@@ -126,13 +124,13 @@ class Budget:
                 "Budget: at least one limit must be set, got none; set macs or params, e.g. macs=0.5"
             )
         for name in ("macs", "params", "weight_bytes", "peak_activation_bytes"):
-            object.__setattr__(self, name, _checked_limit(name, getattr(self, name)))
-        object.__setattr__(self, "latency_ms", _checked_time(self.latency_ms))
+            object.__setattr__(self, name, checked_limit(name, getattr(self, name)))
+        object.__setattr__(self, "latency_ms", checked_time(self.latency_ms))
         if self.multiple_of != "auto":
-            object.__setattr__(self, "multiple_of", _checked_count("multiple_of", self.multiple_of))
-        object.__setattr__(self, "min_channels", _checked_count("min_channels", self.min_channels))
-        object.__setattr__(self, "widths", _checked_widths(self.widths))
-        object.__setattr__(self, "ignore", _checked_patterns(self.ignore))
+            object.__setattr__(self, "multiple_of", checked_count("multiple_of", self.multiple_of))
+        object.__setattr__(self, "min_channels", checked_count("min_channels", self.min_channels))
+        object.__setattr__(self, "widths", checked_widths(self.widths))
+        object.__setattr__(self, "ignore", checked_patterns(self.ignore))
         run = Deployment(self.device, self.batch, self.precision, self.threads)
         for name in ("device", "batch", "threads"):
             object.__setattr__(self, name, getattr(run, name))
@@ -182,7 +180,7 @@ class Budget:
                     f"Budget.parse: latency_ms must be in milliseconds, never a share, got {number!r} in {text!r}; write e.g. 20"
                 )
             plain = key in ("device", "precision") or (key, number) == ("multiple_of", "auto")
-            values[key] = number if plain else _parsed_number(number, text)
+            values[key] = number if plain else parsed_number(number, text)
         return Budget(**values, **more)
 
     @property
@@ -206,14 +204,14 @@ class Budget:
         macs, params = reference
         run = self.run
         return Limits(
-            macs=_absolute(self.macs, macs),
-            params=_absolute(self.params, params),
+            macs=absolute(self.macs, macs),
+            params=absolute(self.params, params),
             multiple_of=run.preferred_multiple()
             if self.multiple_of == "auto"
             else self.multiple_of,
             min_channels=self.min_channels,
-            weight_bytes=_absolute(self.weight_bytes, params * run.dtype.itemsize),
-            peak_activation_bytes=_absolute(self.peak_activation_bytes, whole_peak),
+            weight_bytes=absolute(self.weight_bytes, params * run.dtype.itemsize),
+            peak_activation_bytes=absolute(self.peak_activation_bytes, whole_peak),
             latency_ms=self.latency_ms,
             widths=self.widths,
             ignore=self.ignore,
@@ -248,144 +246,3 @@ class Budget:
 
 def _end(width: Width) -> str:
     return "" if width is None else f"{width:g}"
-
-
-def _checked_limit(name: str, value: object) -> float | int | None:
-    """A valid limit: ``None``, a float in (0, 1] (a share) or an int (absolute)."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        raise BudgetError(
-            f"Budget: {name} must be a number, got {value!r}; use Budget.parse for text"
-        )
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise BudgetError(
-            f"Budget: {name} must be a number, got {value!r}; pass a share such as 0.5 or a whole number"
-        )
-    if not math.isfinite(value):
-        raise BudgetError(
-            f"Budget: {name} must be finite, got {value!r}; leave it out for no limit"
-        )
-    if value <= 0:
-        raise BudgetError(
-            f"Budget: {name} must be above 0, got {value!r}; pass a share in (0, 1] or a whole number"
-        )
-    if isinstance(value, numbers.Integral):
-        if value == 1:
-            raise BudgetError(
-                f"Budget: {name} must be a share or an absolute limit, got the integer 1; write 1.0 for 100 %"
-            )
-        return int(value)
-    if value <= 1:
-        return float(value)
-    if float(value).is_integer():
-        return int(value)
-    raise BudgetError(
-        f"Budget: {name} must be a share in (0, 1] or a whole number, got {value!r}; a share must be in (0, 1]; "
-        "an absolute limit is a whole number"
-    )
-
-
-def _checked_count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise BudgetError(
-            f"Budget: {name} must be a whole number of channels, got {value!r}; pass e.g. 8"
-        )
-    if value < 1:
-        raise BudgetError(f"Budget: {name} must be at least 1, got {value!r}; leave it out for 1")
-    return int(value)
-
-
-def _checked_time(value: object) -> float | None:
-    """A valid latency: ``None``, or milliseconds above 0."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise BudgetError(
-            f"Budget: latency_ms must be a finite number of milliseconds, got {value!r}; pass e.g. 20"
-        )
-    if value <= 0:
-        raise BudgetError(
-            f"Budget: latency_ms must be above 0, got {value!r}; pass milliseconds, e.g. 20"
-        )
-    return float(value)
-
-
-def _checked_widths(widths: object) -> Widths:
-    """``(pattern, (least, most))`` pairs, from a mapping or from such pairs (JSON gives lists)."""
-    pairs = widths.items() if isinstance(widths, Mapping) else widths
-    if isinstance(pairs, str) or not hasattr(pairs, "__iter__"):
-        raise BudgetError(
-            f'Budget: widths must map patterns to (least, most), got {widths!r}; write e.g. {{"layer3.*": (8, 64)}}'
-        )
-    checked = []
-    for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise BudgetError(
-                f'Budget: widths must map patterns to (least, most), got {pair!r}; write e.g. {{"layer3.*": (8, 64)}}'
-            )
-        pattern, ends = pair
-        if not isinstance(ends, (tuple, list)) or len(ends) != 2 or tuple(ends) == (None, None):
-            raise BudgetError(
-                f"Budget: widths[{pattern!r}] must be (least, most), got {ends!r}; write None for an open end, e.g. (8, None)"
-            )
-        checked.append((pattern, tuple(_checked_width(pattern, end) for end in ends)))
-        least, most = checked[-1][1]
-        if type(least) is type(most) and least > most:
-            raise BudgetError(
-                f"Budget: widths[{pattern!r}] must have its least at or below its most, got ({least:g}, {most:g}); swap them"
-            )
-    return tuple(checked)
-
-
-def _checked_width(pattern: str, width: object) -> Width:
-    if width is None:
-        return None
-    real = isinstance(width, numbers.Real) and not isinstance(width, bool)
-    if real and isinstance(width, numbers.Integral) and width >= 1:
-        return int(width)
-    if real and not isinstance(width, numbers.Integral) and 0 < width <= 1:
-        return float(width)
-    raise BudgetError(
-        f"Budget: widths[{pattern!r}] must have whole numbers of channels or shares in (0, 1], got {width!r}; write e.g. 8 or 0.5"
-    )
-
-
-def _checked_patterns(ignore: object) -> tuple[str, ...]:
-    if isinstance(ignore, str) or not isinstance(ignore, (tuple, list, set, frozenset)):
-        raise BudgetError(
-            f'Budget: ignore must be a list of names or patterns, got {ignore!r}; write e.g. ["layer4.*"]'
-        )
-    for pattern in ignore:
-        if not isinstance(pattern, str) or not pattern:
-            raise BudgetError(
-                f"Budget: ignore must hold names or patterns, got {pattern!r}; write e.g. 'layer4.*'"
-            )
-    return tuple(sorted(ignore) if isinstance(ignore, (set, frozenset)) else ignore)
-
-
-def _parsed_number(number: str, text: str) -> float | int:
-    """An int for a whole number above 1 (after its suffix), else a float."""
-    match = _NUMBER.match(number)
-    if match is None:
-        raise BudgetError(
-            f"Budget.parse: a value must be a number such as 0.5, 50%, 150M or 1000000, got {number!r} in {text!r}"
-        )
-    digits, exponent, suffix = match.groups()
-    value = Fraction(digits) * Fraction(10) ** int(exponent or 0)
-    if suffix == "%":
-        return float(value / 100)
-    value *= {**_SUFFIX, **_BINARY}[suffix.upper()]
-    is_absolute = value.denominator == 1 and (value > 1 or "." not in digits)
-    return int(value) if is_absolute else float(value)
-
-
-def _absolute(limit: float | int | None, reference: int | None) -> int | None:
-    if isinstance(limit, float):
-        if reference is None:
-            raise ValueError(
-                "a share needs the whole network's figure"
-            )  # a mistake of this package
-        # The decimal that the user wrote: 0.3 of 10 is 3, although the nearest float to 0.3 is below it.
-        return math.floor(Fraction(repr(limit)) * reference)
-    return limit
