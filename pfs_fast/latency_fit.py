@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ _TURNS = 25
 _AIM = 0.96  # of the limit: room for the measured noise
 _GOOD_ENOUGH = 0.92
 _ROUNDS = 10
+_NOISY = 0.15  # half the distance between the quartiles, of the median
 
 
 def fit(
@@ -42,8 +44,19 @@ def fit(
 
     Raises:
         InfeasibleBudgetError: The smallest structure takes longer; prints the measured range.
+
+    Warns:
+        UserWarning: The times scatter widely: the machine has other work, and the result is no better than they are.
     """
-    return _Fit(model, sweep, limits, build).run()
+    keep, timing = _Fit(model, sweep, limits, build).run()
+    if timing.spread > _NOISY * timing.median:
+        warnings.warn(
+            f"latency: the machine must have no other work while it is measured, got {timing.median:.4g} ms with a spread of "
+            f"{timing.spread:.2g} ms; ask for the structure again when it is quiet",
+            UserWarning,
+            stacklevel=2,
+        )
+    return keep, timing
 
 
 class _Fit:

@@ -37,8 +37,10 @@ class FakeTimer:
         self._random = np.random.default_rng(0)
 
     def network_ms(self, network: nn.Module) -> float:
-        macs = pfs.count(network, torch.zeros(1, 3, 6, 6)).macs
-        return 2.0 + self.slope * macs**0.9
+        weights = sum(p.numel() for p in network.parameters() if p.dim() == 4)
+        return 2.0 + self.slope * (36 * weights) ** 0.9
+
+    spread = 0.02
 
     def __call__(self, tasks, samples):
         found = []
@@ -54,7 +56,7 @@ class FakeTimer:
                 self.networks += 1
                 factor = busy + self.noise * self._random.standard_normal()
                 time = self.network_ms(task.network) * factor
-                found.append(Timing(time, 0.02, time))
+                found.append(Timing(time, self.spread, time))
         return found
 
 
@@ -289,6 +291,14 @@ def test_a_machine_that_is_busy_now_and_then_is_no_trouble(monkeypatch):
     limit = 1.5 * 0.6 * timer.network_ms(net)  # half as slow again at the median
     structure = search(pfs.Budget(latency_ms=limit, device="cpu"), net).structure
     assert 0.6 * limit <= 1.5 * timer.network_ms(pfs.slim(net, structure)) <= 1.3 * limit
+
+
+def test_times_that_scatter_widely_are_reported(timer):
+    timer.spread = 0.3 * timer.network_ms(network())
+    with pytest.warns(
+        UserWarning, match="latency: the machine must have no other work .* with a spread of"
+    ):
+        search(pfs.Budget(latency_ms=1e6, device="cpu"))
 
 
 def test_a_limit_that_does_not_bind_keeps_everything(timer):
