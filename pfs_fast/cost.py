@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from .counting import Cost, LayerCost, count
 from .errors import ModelError, StructureError
 from .groups import FIXED, ChannelGroup, ChannelGroups
+from .sides import Axes
 
 __all__ = ["Cost", "CostModel", "LayerCost", "Part", "count"]
 
@@ -102,6 +104,11 @@ class CostModel:
                 f"CostModel: cost must fit 62 bits, got {max(full):,}; use a smaller example input"
             )
         self.base: tuple[int, int] = full
+
+    @cached_property
+    def axes(self) -> Axes:
+        """Output and input channels of every layer, (out, in) of the first, of the second, ..."""
+        return Axes([units for la in self.groups.layers for units in (la.out_units, la.in_units)])
 
     def evaluate(self, keep: np.ndarray) -> tuple[int, int]:
         """Cost of the network that keeps these units.

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import _library, ops
 from .absorbing import absorbing_groups
 from .analysis import channel_graph
-from .budget import Budget
+from .bounds import without_ignored
+from .budget import Budget, Limits
 from .compaction import Compaction, preferred_multiple
 from .config import PRECISIONS, SearchConfig, compute_dtype
 from .cost import CostModel, count
@@ -23,10 +24,10 @@ from .gated import GatedNetwork
 from .gates import GateBank, GateState
 from .groups import ChannelGroups
 from .loop import SearchLoop
+from .meters import Meters, even_gates
 from .ops import reference as reference_ops
 from .result import SearchResult
 from .scope import chosen_units, gate_sites, gated_groups
-from .solver import Sweep
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Plan:
         config: With target, precision and backend resolved.
         loop: The state machine, at step 0.
         input_shape: Of one image.
+        meters: What was measured to judge the budget.
     """
 
     model: nn.Module
@@ -50,10 +52,11 @@ class Plan:
     config: SearchConfig
     loop: SearchLoop
     input_shape: tuple[int, ...]
+    meters: Meters
 
     def result(self, gates: tuple[Tensor, Tensor]) -> SearchResult:
         values, died_at = (t.detach().cpu().clone() for t in gates)
-        return SearchResult(
+        result = SearchResult(
             self.groups,
             values,
             died_at,
@@ -64,6 +67,8 @@ class Plan:
             self.model,
             self.input_shape,
         )
+        result._meters = self.meters
+        return result
 
 
 def prepare(
@@ -86,24 +91,19 @@ def prepare(
     example = images[:1] if example_input is None else example_input
     graph = channel_graph(model, _for_model(example, model))
     groups = gated_groups(graph, model, config.scope)
+    groups = without_ignored(groups, budget.ignore)
     cost_model = CostModel(groups)
     share_base = _reference(reference, budget, example, cost_model.base)
-    limits = budget.resolve(share_base)
-    # An infeasible budget is an error before any training.
-    unranked = np.zeros(groups.num_units)
-    Sweep(
-        groups,
-        unranked,
-        unranked,
-        multiple_of=limits.multiple_of,
-        min_channels=limits.min_channels,
-        cost_model=cost_model,
-    ).largest(limits)
+    meters = Meters(groups, cost_model, model, tuple(images.shape[1:]), graph)
+    # An infeasible budget is an error before any training. Every structure starts from the same floor.
+    limits = meters.limits(budget, share_base)
+    evenly, _ = meters.choose(even_gates(cost_model), np.zeros(groups.num_units), limits)
+    meters.release()
     dtype = compute_dtype(config.precision, device)
     kernels = _kernels(config.backend, device)
     config = replace(
         config,
-        target=config.target or _target(limits.macs, limits.params, share_base),
+        target=config.target or _target(limits, cost_model.evaluate(evenly), share_base),
         precision=next(name for name, value in PRECISIONS.items() if value == dtype),
         backend="reference" if kernels is reference_ops else "fused",
     )
@@ -122,7 +122,7 @@ def prepare(
     absorbing = absorbing_groups(network, groups, chosen_units(graph, groups))
     compaction = Compaction(network, bank, groups, sites, absorbing, preferred_multiple(device))
     loop = SearchLoop(network, bank, config, kernels, dtype, compaction)
-    return Plan(model, groups, budget, share_base, config, loop, tuple(images.shape[1:]))
+    return Plan(model, groups, budget, share_base, config, loop, tuple(images.shape[1:]), meters)
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
@@ -201,15 +201,30 @@ def _reference(
             f"search: reference must be a module or a number of MACs of at least 1, got {reference!r}; leave it out for "
             "the model itself"
         )
-    if isinstance(budget.params, float):
+    share = next((s for s in (budget.params, budget.weight_bytes) if isinstance(s, float)), None)
+    if share is not None:
         raise BudgetError(
-            f"search: reference must be a module for a share of parameters ({budget.params:g}), got a number of MACs; pass "
+            f"search: reference must be a module for a share of parameters ({share:g}), got a number of MACs; pass "
             "the reference network, or an absolute number of parameters"
         )
     return int(reference), base[1]
 
 
-def _target(macs: int | None, params: int | None, reference: tuple[int, int]) -> float:
-    """r by default: the budget as a share of the reference; of MACs if they are limited, else of parameters."""
-    share = macs / reference[0] if macs is not None else params / reference[1]
+def _target(limits: Limits, evenly: tuple[int, int], reference: tuple[int, int]) -> float:
+    """r by default: the budget as a share of the reference.
+
+    Of MACs if they are limited, else of parameters. Where the tightest limit may be another, the MACs that are left of a network
+    that every limit allows and that is narrowed evenly.
+
+    Args:
+        limits: The budget.
+        evenly: ``(macs, params)`` of that network.
+        reference: ``(macs, params)`` that shares refer to.
+    """
+    if limits.asked().keys() - {"macs", "params"}:
+        share = evenly[0] / reference[0]
+    elif limits.macs is not None:
+        share = limits.macs / reference[0]
+    else:
+        share = limits.params / reference[1]
     return min(share, 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,11 @@ from .cost import CostModel
 from .errors import FileFormatError, ModelError
 from .files import read_safetensors, write_safetensors
 from .groups import ChannelGroup, ChannelGroups, Layer
+from .meters import Meters, needs_model
 from .slim import slim as make_slim
 from .structure import Structure
 
-FORMAT, VERSION = "pfs_fast.search", 1
+FORMAT, VERSION = "pfs_fast.search", 2  # 1 knew fewer limits
 
 
 @dataclass
@@ -54,6 +55,7 @@ class SearchResult:
     def __post_init__(self) -> None:
         self._cost_model = CostModel(self.groups)
         self._structure: Structure | None = None
+        self._meters: Meters | None = None
 
     @property
     def gates(self) -> dict[str, Tensor]:
@@ -74,11 +76,47 @@ class SearchResult:
             budget: Share of the reference's MACs in (0, 1], number of MACs, or ``Budget``.
 
         Raises:
-            BudgetError: Malformed. InfeasibleBudgetError: Below the floor; prints the feasible range.
+            BudgetError: Malformed, or for a device that is not there. InfeasibleBudgetError: Below the floor; prints the
+                feasible range.
+            ModelError: A limit on activations or latency, of a result that was loaded without a model.
         """
-        limits = Budget.of(budget).resolve(self.reference)
-        keep = solver.solve(self.groups, *self._ranking(), limits, self._cost_model)
-        return Structure.from_keep(self.groups, keep, self._cost_model)
+        meters = self.meters
+        limits = meters.limits(Budget.of(budget), self.reference)
+        gates, died_at = self._ranking()
+        keep, measured = meters.choose(gates, died_at, limits)
+        solver.warn_of_dead_groups(self.groups, gates, keep)
+        checks = meters.checks(keep, limits, measured)
+        return Structure.from_keep(self.groups, keep, self._cost_model, checks)
+
+    @property
+    def meters(self) -> Meters:
+        """What tells the costs of structures of this search; it keeps what it has measured."""
+        if self._meters is None:
+            self._meters = Meters(self.groups, self._cost_model, self.model, self.input_shape)
+        return self._meters
+
+    def measured(self, budget: float | int | Budget | None = None) -> Structure:
+        """The structure for a budget, with every limit found anew on its slim network: counted, walked, timed.
+
+        Args:
+            budget: Default: the budget of the search.
+
+        Raises:
+            ModelError: The result was loaded from a file without a model.
+        """
+        budget = self.budget if budget is None else Budget.of(budget)
+        structure = self.structure if budget == self.budget else self.structure_for(budget)
+        if self.model is None:
+            raise ModelError(
+                "SearchResult.measured: the result must know its model, got a loaded one; use load(path, model)"
+            )
+        limits = self.meters.limits(budget, self.reference)
+        found = self.meters.measure(make_slim(self.model, structure, seed=0), limits)
+        checks = tuple(
+            replace(check, measured=found[check.name].median, spread=found[check.name].spread)
+            for check in structure.limits
+        )
+        return replace(structure, limits=checks)
 
     def pareto(
         self, shares: Sequence[float] | None = None, *, multiple_of: int = 1, min_channels: int = 1
@@ -128,9 +166,13 @@ class SearchResult:
             network.pfs_input_shape = self.input_shape
         return network
 
-    def report(self) -> str:
-        """The structure as a table, and every layer that was held whole with the reason."""
-        lines = [str(self.structure)]
+    def report(self, measure: bool = False) -> str:
+        """The structure and its limits as tables, and every layer that was held whole with the reason.
+
+        Args:
+            measure: Find every limited cost anew on the slim network, as ``measured`` does.
+        """
+        lines = [str(self.measured() if measure else self.structure)]
         if self.groups.fixed:
             lines += [
                 "",
@@ -171,6 +213,8 @@ class SearchResult:
             "other": [self.groups.other_macs, self.groups.other_params],
             "input_shape": self.input_shape,
         }
+        if needs_model(self.budget):  # without the model nobody could find it again
+            metadata["structure"] = self.structure.to_json()
         write_safetensors(path, tensors, metadata, caller="SearchResult.save")
 
     @classmethod
@@ -221,6 +265,8 @@ class SearchResult:
                 f"{error}; save the result again"
             ) from error
         _check_values(path, result)
+        if "structure" in meta:
+            result._structure = _read_structure(path, groups, meta["structure"])
         if model is not None:
             _check_model(path, groups, model)
         return result
@@ -243,6 +289,15 @@ def _check_values(path: str | os.PathLike[str], result: SearchResult) -> None:
         raise FileFormatError(
             f"SearchResult.load: path must hold a history of entries, got another form in '{path}'; save the result again"
         )
+
+
+def _read_structure(path: str | os.PathLike[str], groups: ChannelGroups, text: Any) -> Structure:
+    structure = Structure.from_json(text)
+    if structure.sizes != {group.name: group.size for group in groups.groups}:
+        raise FileFormatError(
+            f"SearchResult.load: path must hold a structure of its own groups, got another one in '{path}'; save the result again"
+        )
+    return structure
 
 
 def _check_model(path: str | os.PathLike[str], groups: ChannelGroups, model: nn.Module) -> None:

@@ -7,15 +7,17 @@ channel that enters, so bisection over the ranked channels with the exact cost g
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from .budget import Budget, Limits
+from .bounds import unit_bounds
+from .budget import Budget, Limits, Widths
 from .cost import CostModel
 from .errors import InfeasibleBudgetError, StructureError
 from .groups import ChannelGroups
+from .limit_check import show
 
 _ALWAYS = -1  # entry step of units that every structure keeps
 
@@ -71,8 +73,32 @@ def rank(groups: ChannelGroups, gates: np.ndarray, died_at: np.ndarray) -> np.nd
     return np.lexsort((-death, -gates.astype(np.float64)))  # stable, so the index decides last
 
 
+class Gauge(Protocol):
+    """A cost that needs more than the cost model: it must never fall where channels are added."""
+
+    def evaluate(self, keep: np.ndarray) -> int | float:
+        """The cost of the network that keeps these units. [num_units], bool."""
+        ...
+
+
+def costs_of(
+    keep: np.ndarray, limits: Limits, cost_model: CostModel, gauges: Mapping[str, Gauge]
+) -> dict[str, int | float]:
+    """What the network that keeps these units costs, for every limit that is set. ``{cost: value}``."""
+    macs, params = cost_model.evaluate(keep)
+    known = {
+        "macs": macs,
+        "params": params,
+        "weight_bytes": params * limits.run.dtype.itemsize,
+    }
+    return {
+        name: known[name] if name in known else gauges[name].evaluate(keep)
+        for name in limits.asked()
+    }
+
+
 class Sweep:
-    """All structures that one set of gates leads to, from the floor to the whole network.
+    """All structures that one set of gates leads to, from the floor to the widest network that the budget's widths allow.
 
     Building it sorts once; afterwards ``largest`` answers any budget with about 14 evaluations of the cost model.
 
@@ -82,7 +108,13 @@ class Sweep:
         died_at: Step at which the gate reached 0, or -1. [num_units], int.
         multiple_of: Widths are multiples of this many channels.
         min_channels: Every group keeps at least this many channels.
+        widths: Least and most channels of layers, as in ``Limits``.
+        ignore: Patterns of layers that keep every channel.
         cost_model: Cost model of ``groups``, built here if not given.
+        gauges: What measures the limits that the cost model does not know. ``{cost: gauge}``.
+
+    Raises:
+        BudgetError: Unknown patterns, or widths that contradict each other.
     """
 
     def __init__(
@@ -93,9 +125,16 @@ class Sweep:
         *,
         multiple_of: int = 1,
         min_channels: int = 1,
+        widths: Widths = (),
+        ignore: tuple[str, ...] = (),
         cost_model: CostModel | None = None,
+        gauges: Mapping[str, Gauge] | None = None,
     ) -> None:
         self.cost_model = CostModel(groups) if cost_model is None else cost_model
+        self.gauges = {} if gauges is None else gauges
+        self._rules = Limits(
+            multiple_of=multiple_of, min_channels=min_channels, widths=widths, ignore=ignore
+        )
         order = rank(groups, gates, died_at)
         position = np.empty_like(order)
         position[order] = np.arange(groups.num_units)
@@ -107,12 +146,13 @@ class Sweep:
             part_of_unit[part.units] = index
         by_part = order[np.argsort(part_of_unit[order], kind="stable")]  # each part best first
         start = 0
-        for part in self.cost_model.parts:
+        bounds = unit_bounds(self.cost_model, self._rules)
+        for part, (least, most) in zip(self.cost_model.parts, bounds, strict=True):
             units = by_part[start : start + len(part.units)]
             start += len(units)
-            always, step = part.floor(min_channels, multiple_of), part.step(multiple_of)
-            worst[units[:always]] = _ALWAYS
-            blocks = units[always : always + (len(units) - always) // step * step]
+            step = part.step(multiple_of)
+            worst[units[:least]] = _ALWAYS
+            blocks = units[least : least + (most - least) // step * step]
             enters = position[blocks[step - 1 :: step]]
             worst[blocks] = np.repeat(enters, step)
             is_step[enters] = True
@@ -120,6 +160,28 @@ class Sweep:
         self._steps = np.flatnonzero(is_step)
         self.floor: tuple[int, int] = self.cost_model.evaluate(self.keep(0))
         self.full: tuple[int, int] = self.cost_model.evaluate(self.keep(self.num_steps))
+
+    @staticmethod
+    def within(
+        groups: ChannelGroups,
+        gates: np.ndarray,
+        died_at: np.ndarray,
+        limits: Limits,
+        cost_model: CostModel | None = None,
+        gauges: Mapping[str, Gauge] | None = None,
+    ) -> Sweep:
+        """The sweep that obeys the limits' rules on widths."""
+        return Sweep(
+            groups,
+            gates,
+            died_at,
+            multiple_of=limits.multiple_of,
+            min_channels=limits.min_channels,
+            widths=limits.widths,
+            ignore=limits.ignore,
+            cost_model=cost_model,
+            gauges=gauges,
+        )
 
     @property
     def num_steps(self) -> int:
@@ -130,41 +192,67 @@ class Sweep:
         """Units kept once the best ``steps`` channels (or blocks) have entered above the floor. [num_units], bool."""
         return self._worst <= (self._steps[steps - 1] if steps else _ALWAYS)
 
+    def costs(self, keep: np.ndarray, limits: Limits) -> dict[str, int | float]:
+        """What the network that keeps these units costs, for every limit that is set. ``{cost: value}``."""
+        return costs_of(keep, limits, self.cost_model, self.gauges)
+
     def largest(self, limits: Limits) -> np.ndarray:
         """Kept units of the largest structure within the limits. [num_units], bool.
 
         Raises:
             InfeasibleBudgetError: If even the floor is above a limit; prints the feasible range.
         """
-        if not limits.allow(self.floor):
+        return self.keep(self.largest_steps(limits))
+
+    def largest_steps(self, limits: Limits) -> int:
+        """``largest`` as a number of steps for ``keep``."""
+        if self._exceeds(0, limits):
             raise InfeasibleBudgetError(self._infeasible(limits))
         affordable, above = 0, self.num_steps + 1
         while above - affordable > 1:
             middle = (affordable + above) // 2
-            if limits.allow(self.cost_model.evaluate(self.keep(middle))):
-                affordable = middle
-            else:
+            if self._exceeds(middle, limits):
                 above = middle
-        return self.keep(affordable)
+            else:
+                affordable = middle
+        return affordable
+
+    def _exceeds(self, steps: int, limits: Limits) -> bool:
+        return bool(limits.exceeded(self.costs(self.keep(steps), limits)))
 
     def _infeasible(self, limits: Limits) -> str:
-        parts = []
-        for name, limit, low, base in zip(
-            ("macs", "params"),
-            (limits.macs, limits.params),
-            self.floor,
-            self.cost_model.base,
-            strict=True,
-        ):
-            if limit is not None:
-                share = low / base if base else 1.0
-                parts.append(
-                    f"{name} must be in [{low:,}, {base:,}] ({share:.2%} to 100 %), got {limit:,}"
-                )
+        low = self.costs(self.keep(0), limits)
+        high = self.costs(np.ones(self.cost_model.groups.num_units, dtype=bool), limits)
+        asked = limits.asked()
+        parts = [
+            f"{name} must be in [{show(name, low[name])}, {show(name, high[name])}] "
+            f"({low[name] / high[name] if high[name] else 1.0:.2%} to 100 %), got {show(name, asked[name])}"
+            for name in limits.exceeded(low)
+        ]
         return (
             f"solve: budget must be feasible: {'; '.join(parts)}; raise the limit, lower min_channels "
-            f"({limits.min_channels}) or multiple_of ({limits.multiple_of}), or make more groups prunable"
+            f"({limits.min_channels}) or multiple_of ({limits.multiple_of}),{self._widths_cost(limits)} or make more groups prunable"
         )
+
+    def _widths_cost(self, limits: Limits) -> str:
+        """How far the floor would fall without the rules on single layers."""
+        if not self._rules.widths and not self._rules.ignore:
+            return ""
+        plain = Sweep(
+            self.cost_model.groups,
+            np.zeros(self.cost_model.groups.num_units),
+            np.zeros(self.cost_model.groups.num_units),
+            multiple_of=self._rules.multiple_of,
+            min_channels=self._rules.min_channels,
+            cost_model=self.cost_model,
+            gauges=self.gauges,
+        )
+        low = plain.costs(plain.keep(0), limits)
+        ends = ", ".join(
+            f"{name} {show(name, low[name])}"
+            for name in limits.exceeded(self.costs(self.keep(0), limits))
+        )
+        return f" widen widths or ignore less (without them from {ends}),"
 
 
 def solve(
@@ -173,6 +261,7 @@ def solve(
     died_at: np.ndarray,
     limits: Limits,
     cost_model: CostModel | None = None,
+    gauges: Mapping[str, Gauge] | None = None,
 ) -> np.ndarray:
     """The largest structure within the limits: never above any, and one more channel would be above.
 
@@ -185,6 +274,7 @@ def solve(
         died_at: Step at which the gate reached 0, or -1. [num_units], int.
         limits: Absolute limits.
         cost_model: Cost model of ``groups``, built here if not given.
+        gauges: What measures the limits that the cost model does not know, as in ``Sweep``.
 
     Returns:
         np.ndarray: True for kept units. [num_units], bool.
@@ -196,24 +286,22 @@ def solve(
     Warns:
         UserWarning: For groups whose gates are all 0: what they keep is decided by order of death alone.
     """
-    sweep = Sweep(
-        groups,
-        gates,
-        died_at,
-        multiple_of=limits.multiple_of,
-        min_channels=limits.min_channels,
-        cost_model=cost_model,
-    )
+    sweep = Sweep.within(groups, gates, died_at, limits, cost_model, gauges)
     keep = sweep.largest(limits)
+    warn_of_dead_groups(groups, gates, keep)
+    return keep
+
+
+def warn_of_dead_groups(groups: ChannelGroups, gates: np.ndarray, keep: np.ndarray) -> None:
+    """Say which groups have no gate above 0: what they keep is decided by order of death alone."""
     for group in groups.groups:
         if not np.asarray(gates)[group.start : group.start + group.size].any():
             kept = int(np.count_nonzero(keep[group.start : group.start + group.size]))
             warnings.warn(
                 f"solve: all {group.size} gates of group {group.name} are 0; it keeps {kept}, those that died last",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-    return keep
 
 
 def pareto(

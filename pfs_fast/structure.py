@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 
 from .cost import CostModel
 from .errors import FileFormatError, StructureError
-from .groups import FIXED, ChannelGroups
+from .groups import ChannelGroups
+from .limit_check import LimitCheck, limit_table, read_checks
 
 FORMAT = "pfs_fast.structure"
-VERSION = 1
+VERSION = 2  # 1 had no limits
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Structure:
         params: Parameters after slimming, exact.
         base_macs: Multiply-accumulates of one image of the whole network.
         base_params: Parameters of the whole network.
+        limits: The limits that it was made for, with what became of them; empty for one that no budget made. Structures
+            that keep the same channels are equal, whatever their limits.
     """
 
     kept: dict[str, tuple[int, ...]] = field(repr=False)
@@ -44,10 +47,14 @@ class Structure:
     params: int
     base_macs: int
     base_params: int
+    limits: tuple[LimitCheck, ...] = field(default=(), repr=False, compare=False)
 
     @staticmethod
     def from_keep(
-        groups: ChannelGroups, keep: np.ndarray, cost_model: CostModel | None = None
+        groups: ChannelGroups,
+        keep: np.ndarray,
+        cost_model: CostModel | None = None,
+        limits: tuple[LimitCheck, ...] = (),
     ) -> Structure:
         """The structure that keeps these units.
 
@@ -55,6 +62,7 @@ class Structure:
             groups: Channel groups of the model.
             keep: True for kept units. [num_units], bool.
             cost_model: Cost model of ``groups``, built here if not given.
+            limits: What the structure was made for.
 
         Raises:
             StructureError: If ``keep`` has another shape or dtype, or leaves a group or a layer without channels.
@@ -66,12 +74,15 @@ class Structure:
                 f"{list(keep.shape)}; pass one entry for each unit"
             )
         kept = {g.name: _indices(keep[g.start : g.start + g.size]) for g in groups.groups}
+        cost_model = CostModel(groups) if cost_model is None else cost_model
         layers, inputs, widths = {}, {}, {}
+        axes = iter(cost_model.axes.kept(keep))
         for layer in groups.layers:
-            if (layer.out_units != FIXED).any():
-                layers[layer.name] = _indices(_kept_channels(keep, layer.out_units))
-            if layer.kind != "bn" and (layer.in_units != FIXED).any():
-                inputs[layer.name] = _indices(_kept_channels(keep, layer.in_units))
+            out_kept, in_kept = next(axes), next(axes)
+            if out_kept is not None:
+                layers[layer.name] = out_kept
+            if layer.kind != "bn" and in_kept is not None:
+                inputs[layer.name] = in_kept
             if layer.name in layers or layer.name in inputs:
                 widths[layer.name] = (len(layer.in_units), len(layer.out_units))
         for kind, table in (("group", kept), ("layer", layers), ("input of layer", inputs)):
@@ -80,10 +91,11 @@ class Structure:
                     raise StructureError(
                         f"Structure.from_keep: every {kind} must keep a channel, got none in {name}; keep at least one"
                     )
-        cost_model = CostModel(groups) if cost_model is None else cost_model
         macs, params = cost_model.evaluate(keep)
         sizes = {g.name: g.size for g in groups.groups}
-        return Structure(kept, sizes, layers, inputs, widths, macs, params, *cost_model.base)
+        return Structure(
+            kept, sizes, layers, inputs, widths, macs, params, *cost_model.base, limits
+        )
 
     @property
     def macs_share(self) -> float:
@@ -96,7 +108,7 @@ class Structure:
         return self.params / self.base_params if self.base_params else 1.0
 
     def to_json(self, indent: int | None = None) -> str:
-        """JSON text with a format name and a version; equal structures give equal texts."""
+        """JSON text with a format name and a version; equal structures made for equal limits give equal texts."""
         separators = (",", ":") if indent is None else None
         return json.dumps(
             {"format": FORMAT, "version": VERSION, **asdict(self)},
@@ -122,11 +134,13 @@ class Structure:
             raise FileFormatError(
                 f"Structure.from_json: format must be {FORMAT!r}, got {found!r}; pass a structure's text"
             )
-        if data.get("version") != VERSION or isinstance(data.get("version"), bool):
+        if type(data.get("version")) is not int or not 1 <= data["version"] <= VERSION:
             raise FileFormatError(
-                f"Structure.from_json: version must be {VERSION}, got {data.get('version')!r}; "
+                f"Structure.from_json: version must be 1 to {VERSION}, got {data.get('version')!r}; "
                 "use the release of pfs_fast that wrote it"
             )
+        if data["version"] == 1:
+            data.setdefault("limits", [])
         names = [f.name for f in fields(Structure)]
         if set(data) != {*names, "format", "version"}:
             missing, unknown = (
@@ -143,6 +157,7 @@ class Structure:
             inputs={name: tuple(v) for name, v in _table(data, "inputs", list)},
             widths={name: tuple(v) for name, v in _table(data, "widths", list)},
             **{name: _count(data, name) for name in ("macs", "params", "base_macs", "base_params")},
+            limits=read_checks(data["limits"]),
         )
         _check_consistent(structure)
         return structure
@@ -156,27 +171,28 @@ class Structure:
         rows.append(
             ("params", f"{self.params:,}", f"{self.base_params:,}", f"{self.params_share:.1%}")
         )
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join(
-            "  ".join(
-                [
-                    row[0].ljust(widths[0]),
-                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-                ]
-            )
-            for row in rows
+        text = _aligned(rows)
+        if self.limits:
+            text += "\n\n" + _aligned(limit_table(self.limits))
+        return text
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+            ]
         )
+        for row in rows
+    )
 
 
 def _indices(mask: np.ndarray) -> tuple[int, ...]:
     return tuple(np.flatnonzero(mask).tolist())
-
-
-def _kept_channels(keep: np.ndarray, units: np.ndarray) -> np.ndarray:
-    kept = np.ones(len(units), dtype=bool)
-    prunable = units != FIXED
-    kept[prunable] = keep[units[prunable]]
-    return kept
 
 
 def _table(data: Mapping[str, Any], name: str, kind: type) -> list[tuple[str, Any]]:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 
 from pfs_fast.budget import Budget, Limits
 from pfs_fast.errors import BudgetError
@@ -58,6 +61,16 @@ def test_of_takes_shares_numbers_and_budgets():
         ("1e6", Budget(macs=1_000_000)),
         ("params=1M,multiple_of=8", Budget(params=1_000_000, multiple_of=8)),
         ("0.5, params=.25, min_channels=2", Budget(macs=0.5, params=0.25, min_channels=2)),
+        ("macs=0.5,latency_ms=20,params=1M", Budget(macs=0.5, latency_ms=20, params=1_000_000)),
+        ("latency_ms=1", Budget(latency_ms=1.0)),
+        (
+            "latency_ms=2.5,batch=8,device=cuda:1,precision=bf16,threads=2",
+            Budget(latency_ms=2.5, batch=8, device="cuda:1", precision="bf16", threads=2),
+        ),
+        ("weight_bytes=4MiB", Budget(weight_bytes=4 * 2**20)),
+        ("peak_activation_bytes=320k", Budget(peak_activation_bytes=320_000)),
+        ("peak_activation_bytes=0.5", Budget(peak_activation_bytes=0.5)),
+        ("0.5,multiple_of=auto", Budget(macs=0.5, multiple_of="auto")),
     ],
 )
 def test_parse_reads_the_command_line_form(text, budget):
@@ -80,6 +93,10 @@ def test_parse_reads_the_command_line_form(text, budget):
         ("1", "got the integer 1; write 1.0 for 100 %"),
         ("macs=0", "macs must be above 0, got 0"),
         ("nan", "a value must be a number"),
+        ("latency_ms=fast", "a value must be a number"),
+        ("latency_ms=150%", "latency_ms must be in milliseconds, never a share, got '150%'"),
+        ("0.5,batch=0", "batch must be a whole number of at least 1, got 0"),
+        ("0.5,ignore=fc", "key must be one of macs, params, .* got 'ignore'"),
         ("0.5,multiple_of=1.5", "multiple_of must be a whole number of channels, got 1.5"),
     ],
 )
@@ -120,13 +137,105 @@ def test_bad_counts_are_named(name, value):
         Budget(macs=0.5, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["latency_ms", "peak_activation_bytes"])
-def test_limits_of_the_future_are_refused(name):
-    with pytest.raises(
-        BudgetError,
-        match=f"Budget: {name} is not supported yet, got 3; limit macs or params instead",
-    ):
-        Budget(macs=0.5, **{name: 3})
+BAD = {
+    "latency 0": ({"latency_ms": 0}, "latency_ms must be above 0, got 0; pass milliseconds, e.g. 20"),
+    "latency negative": ({"latency_ms": -2.5}, "latency_ms must be above 0, got -2.5"),
+    "latency NaN": ({"latency_ms": math.nan}, "latency_ms must be a finite number of milliseconds, got nan"),
+    "latency infinite": ({"latency_ms": math.inf}, "latency_ms must be a finite number"),
+    "latency text": ({"latency_ms": "20"}, "latency_ms must be a finite number of milliseconds, got '20'"),
+    "latency True": ({"latency_ms": True}, "latency_ms must be a finite number of milliseconds, got True"),
+    "activations above 1": ({"peak_activation_bytes": 1.5}, r"peak_activation_bytes must be a share in \(0, 1\]"),
+    "weights 0": ({"weight_bytes": 0}, "weight_bytes must be above 0, got 0"),
+    "weights the integer 1": ({"weight_bytes": 1}, "weight_bytes .* got the integer 1"),
+    "multiple of text": ({"macs": 0.5, "multiple_of": "8"}, "multiple_of must be a whole number of channels, got '8'"),
+    "widths text": ({"macs": 0.5, "widths": "layer3"}, r"widths must map patterns to \(least, most\), got 'layer3'; write e.g."),
+    "widths a number": ({"macs": 0.5, "widths": 8}, "widths must map patterns"),
+    "widths of numbers": ({"macs": 0.5, "widths": {3: (1, 2)}}, r"widths must map patterns to .*, got \(3, \(1, 2\)\)"),
+    "width one number": ({"macs": 0.5, "widths": {"a": 8}}, r"widths\['a'\] must be \(least, most\), got 8; write None for an open end"),
+    "width open": ({"macs": 0.5, "widths": {"a": (None, None)}}, r"widths\['a'\] must be \(least, most\), got \(None, None\)"),
+    "width of three": ({"macs": 0.5, "widths": {"a": (1, 2, 3)}}, r"widths\['a'\] must be \(least, most\)"),
+    "width turned round": ({"macs": 0.5, "widths": {"a": (9, 8)}}, r"widths\['a'\] must have its least at or below its most, got \(9, 8\); swap them"),
+    "width 0": ({"macs": 0.5, "widths": {"a": (0, 8)}}, r"whole numbers of channels or shares in \(0, 1\], got 0; write e.g. 8 or 0.5"),
+    "width 1.5": ({"macs": 0.5, "widths": {"a": (None, 1.5)}}, r"whole numbers of channels or shares in \(0, 1\], got 1.5"),
+    "width True": ({"macs": 0.5, "widths": {"a": (True, 8)}}, "whole numbers of channels or shares .*, got True"),
+    "ignore text": ({"macs": 0.5, "ignore": "fc"}, r'ignore must be a list of names or patterns, got \'fc\'; write e.g. \["layer4'),
+    "ignore None": ({"macs": 0.5, "ignore": None}, "ignore must be a list of names"),
+    "ignore empty name": ({"macs": 0.5, "ignore": [""]}, "ignore must hold names or patterns, got ''"),
+    "ignore modules": ({"macs": 0.5, "ignore": [object]}, "ignore must hold names or patterns, got <class"),
+    "batch 0": ({"macs": 0.5, "batch": 0}, "batch must be a whole number of at least 1, got 0"),
+    "batch of a half": ({"macs": 0.5, "batch": 0.5}, "batch must be a whole number of at least 1, got 0.5"),
+    "threads 0": ({"macs": 0.5, "threads": 0}, "threads must be a whole number of at least 1, got 0"),
+    "precision": ({"macs": 0.5, "precision": "int8"}, "precision must be one of 'fp64', 'fp32', 'bf16', 'fp16', got 'int8'"),
+    "device of no kind": ({"macs": 0.5, "device": "gpu"}, r"device must be 'cpu', 'cuda' or 'cuda:<index>', got 'gpu'"),
+    "device meta": ({"macs": 0.5, "device": "meta"}, "device must be a CPU or CUDA device, got 'meta'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values_are_named(case):
+    values, message = BAD[case]
+    with pytest.raises(BudgetError, match=f"^Budget: .*{message}"):
+        Budget(**values)
+
+
+def test_every_limit_resolves_to_absolute_numbers():
+    budget = Budget(
+        macs=0.5,
+        latency_ms=20,
+        peak_activation_bytes=0.25,
+        weight_bytes=0.5,
+        widths={"a.*": (8, 0.5)},
+        ignore=["b"],
+        batch=4,
+        precision="bf16",
+        device="cpu",
+    )
+    limits = budget.resolve(REFERENCE, whole_peak=1003)
+    assert limits.asked() == {
+        "macs": 500_000,
+        "weight_bytes": 2_000,  # half of 2,000 parameters of two bytes
+        "peak_activation_bytes": 250,
+        "latency_ms": 20.0,
+    }
+    assert limits.widths == (("a.*", (8, 0.5)),) and limits.ignore == ("b",)
+    assert (limits.run.batch, limits.run.precision, limits.run.device) == (4, "bf16", "cpu")
+
+
+def test_limits_name_what_exceeds_them():
+    limits = Limits(macs=10, latency_ms=2.0, peak_activation_bytes=7)
+    assert limits.exceeded({"macs": 11, "latency_ms": 2.0, "peak_activation_bytes": 8}) == [
+        "macs",
+        "peak_activation_bytes",
+    ]
+    assert limits.exceeded({"macs": 10}) == []
+
+
+def test_automatic_multiple_follows_the_device(monkeypatch):
+    auto = Budget(macs=0.5, multiple_of="auto", device="cpu")
+    assert auto.resolve(REFERENCE).multiple_of == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for capability, precision, multiple in [
+        ((9, 0), "fp32", 8),
+        ((8, 0), "bf16", 8),
+        ((7, 5), "fp16", 8),
+        ((7, 5), "fp32", 1),
+        ((7, 5), "bf16", 1),
+        ((6, 1), "fp16", 1),
+        ((9, 0), "fp64", 1),
+    ]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        budget = Budget(macs=0.5, multiple_of="auto", device="cuda", precision=precision)
+        assert budget.resolve(REFERENCE).multiple_of == multiple
+
+
+def test_budget_comes_back_from_json():
+    budget = Budget(
+        macs=0.5, widths={"a": (8, None), "b*": (None, 0.5)}, ignore={"x", "c"}, device="cuda:3"
+    )
+    assert Budget(**json.loads(json.dumps(asdict(budget)))) == budget
+    assert budget.ignore == ("c", "x")
 
 
 def test_budget_without_a_limit_is_refused():
@@ -147,4 +256,17 @@ def test_limits_allow_costs_up_to_the_limit():
 def test_budget_prints_its_limits():
     assert str(Budget(macs=0.5, params=1_000_000, multiple_of=8)) == (
         "macs <= 0.5 of the reference, params <= 1,000,000, multiple_of = 8"
+    )
+    budget = Budget(
+        latency_ms=20,
+        peak_activation_bytes=0.5,
+        weight_bytes=0.25,
+        multiple_of="auto",
+        widths={"a*": (8, None)},
+        ignore=["b"],
+        batch=4,
+    )
+    assert str(budget) == (
+        "weight_bytes <= 0.25 of the reference, peak_activation_bytes <= 0.5 of the whole network, latency <= 20 ms, "
+        "multiple_of = auto, width of a* in 8.., ignore b, batch 4"
     )

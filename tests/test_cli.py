@@ -139,6 +139,22 @@ def test_train_takes_another_budget_of_the_same_search(searched):
     assert not (searched / "slim.safetensors").exists()
 
 
+def test_limits_on_layers_and_memory(capsys):
+    options = ["--budget", "peak_activation_bytes=0.8,weight_bytes=3KiB", "--width", "0=3:5"]
+    arguments = ["--model", "tiny_network:make", "--data", "images.npz", "--backend", BACKEND]
+    search = ["search", *arguments, *options, "--epochs", "1", "--out", "runs/limits", "--quiet"]
+    assert main([*search, "--ignore", "3"]) == 0
+    structure = pfs.Structure.from_json(Path("runs/limits/structure.json").read_text())
+    assert structure.sizes.keys() == {"0"}  # the other group is ignored
+    assert 3 <= len(structure.kept["0"]) <= 5
+    assert {c.name for c in structure.limits} == {"weight_bytes", "peak_activation_bytes"}
+    assert all(c.holds for c in structure.limits)
+    assert "peak activation bytes" in capsys.readouterr().out
+    cut = ["train", "runs/limits", "--epochs", "1", "--quiet", "--out", "runs/cut"]
+    assert main([*cut, "--budget", "peak_activation_bytes=0.9", "--width", "0=:2"]) == 0
+    assert "3" in capsys.readouterr().out
+
+
 def test_train_takes_a_structure_alone(searched):
     Path("alone").mkdir()
     (searched / "structure.json").rename("alone/structure.json")
@@ -265,7 +281,13 @@ USAGE = [
     (["search", "--budget", "1.5"], "share must be in (0, 1]"),
     (["search", "--budget", "nan"], "must be a number"),
     (["search", "--budget", "flops=1M"], "key must be one of"),
-    (["search", "--budget", "latency_ms=5"], "latency_ms is not supported yet"),
+    (["search", "--budget", "latency_ms=50%"], "latency_ms must be in milliseconds, never a share"),
+    (["search", "--budget", "latency_ms=5,device=abacus"], "device must be 'cpu', 'cuda'"),
+    (["search", "--budget", "0.5,batch=0"], "batch must be a whole number"),
+    (["search", "--width", "layer3"], "must be LAYERS=LEAST:MOST such as layer3.*=8:64"),
+    (["search", "--width", "layer3=8"], "must be LAYERS=LEAST:MOST"),
+    (["search", "--width", "layer3=a:b"], "must have channels or shares beside the colon"),
+    (["train", "runs/tiny", "--ignore", "fc"], "--width and --ignore need --budget"),
     (["search", "--reference", "0.5"], "must be model, base or a number of MACs"),
     (["search", "--epochs", "many"], "invalid int value"),
     (["search", "--scope", "some"], "invalid choice"),
@@ -298,6 +320,14 @@ ERRORS = [
     (["search", "--gamma", "-1"], "gamma must be"),
     (["search", "--seed", "-1"], "seed must be"),
     (["search", "--budget", "macs=1K"], "1,000"),
+    (["search", "--budget", "latency_ms=5,device=cuda:99"], "device must be there, got 'cuda:99'"),
+    (
+        ["search", "--width", "layer3=:1.5"],
+        "whole numbers of channels or shares in (0, 1], got 1.5",
+    ),
+    (["search", "--width", "layr3=:8"], "the closest names are 'layer3'"),
+    (["search", "--ignore", "layr3"], "the closest names are 'layer3'"),
+    (["search", "--ignore", "*"], "must have a channel group that the budget does not ignore"),
     (["search", "--precision", "fp16", "--device", "cpu"], "fp16"),
     (["search", "--device", "cuda:99"], "--device must be there"),
     (["search", "--out", "images.npz"], "--out must be a folder"),

@@ -162,7 +162,7 @@ def test_file_is_safetensors_with_json_and_no_code(path):
     assert {"gates", "died_at"} <= set(tensors)
     with safe_open(path, "pt") as file:
         metadata = json.loads(file.metadata()["pfs_fast"])
-    assert (metadata["format"], metadata["version"]) == ("pfs_fast.search", 1)
+    assert (metadata["format"], metadata["version"]) == ("pfs_fast.search", 2)
     assert metadata["config"]["lr"] == 0.1
 
 
@@ -175,7 +175,7 @@ def rewrite(path, change) -> None:
 
 
 HOSTILE = {
-    "newer version": (lambda t, m: m.update(version=2), "must be of version 1 or older, got .* of version 2; update pfs_fast"),
+    "newer version": (lambda t, m: m.update(version=3), "must be of version 2 or older, got .* of version 3; update pfs_fast"),
     "other format": (lambda t, m: m.update(format="pfs_fast.model"), "must be a file of format 'pfs_fast.search'"),
     "gates missing": (lambda t, m: t.pop("gates"), "KeyError: 'gates'"),
     "units missing": (lambda t, m: t.pop("layer.0.out_units"), "must hold a whole search result"),

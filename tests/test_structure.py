@@ -92,10 +92,10 @@ BAD_TEXTS = {
         "format must be 'pfs_fast.structure', got 'pfs_fast.model'",
     ),
     "other version": (
-        edited(version=2),
-        "version must be 1, got 2; use the release of pfs_fast that wrote it",
+        edited(version=3),
+        "version must be 1 to 2, got 3; use the release of pfs_fast that wrote it",
     ),
-    "boolean version": (edited(version=True), "version must be 1, got True"),
+    "boolean version": (edited(version=True), "version must be 1 to 2, got True"),
     "missing field": (without("inputs"), r"got missing \['inputs'\] and unknown \[\]"),
     "unknown field": (edited(extra=1), r"got missing \[\] and unknown \['extra'\]"),
     "no object": (edited(kept=[1]), "kept must be an object, got list"),

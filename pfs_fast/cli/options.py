@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -124,9 +125,44 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
     return device
 
 
-def parse_budget() -> Callable[[str], Budget]:
-    """Type of --budget."""
-    return _checked(Budget.parse)
+def add_limit_arguments(
+    parser: argparse.ArgumentParser, default: Budget | None, default_text: str
+) -> None:
+    """--budget, --width and --ignore."""
+    parser.add_argument(
+        "--budget",
+        type=_checked(Budget.parse),
+        default=default,
+        metavar="B",
+        help="0.5 (share of MACs), macs=150M, params=1M, weight_bytes=4MiB, peak_activation_bytes=0.5, latency_ms=20 "
+        "(measured on device=cpu with batch=1, precision=fp32, threads=2), multiple_of=8 or auto, min_channels=4; several "
+        f"with commas, and all hold (default: {default_text})",
+    )
+    parser.add_argument(
+        "--width",
+        action="append",
+        default=[],
+        type=_checked(_width),
+        metavar="LAYERS=LEAST:MOST",
+        help="channels of layers by name or pattern, such as 'layer3.*=8:64', 'layer4=0.25:', 'conv1=:32'; repeatable",
+    )
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="LAYERS",
+        help="layers that keep every channel, by name or pattern, such as 'layer4.*'; repeatable",
+    )
+
+
+def chosen_budget(arguments: argparse.Namespace) -> Budget | None:
+    """--budget with --width and --ignore; None without one."""
+    budget: Budget | None = arguments.budget
+    if not arguments.width and not arguments.ignore:
+        return budget
+    if budget is None:
+        raise UsageError("--width and --ignore need --budget; name one")
+    return replace(budget, widths=tuple(arguments.width), ignore=tuple(arguments.ignore))
 
 
 def parse_reference() -> Callable[[str], str | int]:
@@ -149,6 +185,26 @@ def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return parse_or_say
+
+
+def _width(text: str) -> tuple[str, tuple[float | int | None, float | int | None]]:
+    pattern, equals, ends = text.rpartition("=")
+    least, colon, most = ends.partition(":")
+    if not pattern or not equals or not colon:
+        raise ConfigError(f"must be LAYERS=LEAST:MOST such as layer3.*=8:64, got {text!r}")
+    try:
+        return pattern, (_end(least), _end(most))
+    except ValueError as error:
+        raise ConfigError(
+            f"must have channels or shares beside the colon, such as 8:64 or 0.25:, got {text!r}"
+        ) from error
+
+
+def _end(text: str) -> float | int | None:
+    text = text.strip()
+    if not text:
+        return None
+    return int(text) if text.isdigit() else float(text)
 
 
 def _reference(text: str) -> str | int:

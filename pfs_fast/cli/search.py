@@ -23,12 +23,13 @@ from .inputs import DataSpec, ModelSpec
 from .options import (
     UsageError,
     add_data_arguments,
+    add_limit_arguments,
     add_model_arguments,
     add_run_arguments,
+    chosen_budget,
     chosen_device,
     data_spec,
     model_spec,
-    parse_budget,
     parse_reference,
 )
 
@@ -40,14 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = SearchConfig()
     add_model_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument(
-        "--budget",
-        type=parse_budget(),
-        default=Budget(macs=0.5),
-        metavar="B",
-        help="0.5 (share of MACs), macs=150M, params=1M, multiple_of=8, min_channels=4; several with commas "
-        "(default: 0.5)",
-    )
+    add_limit_arguments(parser, Budget(macs=0.5), "0.5")
     parser.add_argument(
         "--reference",
         type=parse_reference(),
@@ -114,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """``pfs-fast search``."""
     device = chosen_device(arguments)
+    budget = chosen_budget(arguments)
     source = data_spec(arguments)
     config = _config(arguments, source)
     out = run_folder.new_folder(
@@ -130,11 +125,11 @@ def run(arguments: argparse.Namespace) -> None:
     spec = model_spec(arguments, splits.num_classes)
     model = spec.build(arguments.seed)
     if not arguments.quiet:
-        print(f"{spec.name} on {splits}; budget {arguments.budget}")
+        print(f"{spec.name} on {splits}; budget {budget}")
     result = pfs_fast.search(
         model,
         loaders.train,
-        arguments.budget,
+        budget,
         config=config,
         reference=_reference(arguments.reference, spec),
         device=device,

@@ -19,6 +19,7 @@ import pfs_fast
 
 from ..data import DeviceLoader, Splits
 from ..errors import FileFormatError
+from ..meters import needs_model
 from ..recipes import AMP_MODES, SCHEDULES, TrainConfig
 from ..result import SearchResult
 from ..structure import Structure
@@ -27,12 +28,13 @@ from .inputs import DataSpec, ModelSpec, joined
 from .options import (
     UsageError,
     add_data_arguments,
+    add_limit_arguments,
     add_model_arguments,
     add_run_arguments,
+    chosen_budget,
     chosen_device,
     data_spec,
     model_spec,
-    parse_budget,
 )
 from .train_report import check_cost, check_reloaded, comparison, write_history
 
@@ -61,9 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", type=Path, metavar="RUN", help="folder of a search, or a structure's file"
     )
-    parser.add_argument(
-        "--budget", type=parse_budget(), metavar="B", help="cut another budget from the same search"
-    )
+    add_limit_arguments(parser, None, "that of the search")
     parser.add_argument(
         "--recipe", choices=tuple(_RECIPES), default="cifar", help="defaults (default: cifar)"
     )
@@ -186,10 +186,12 @@ def _prepare(arguments: argparse.Namespace) -> _Job:
         if own_model
         else _with_changes(record.model, arguments)
     )
-    if arguments.budget is not None:
+    budget = chosen_budget(arguments)
+    if budget is not None:
         if not target.is_dir():
             raise UsageError("--budget needs the folder of a search, which has the gates")
-        structure = SearchResult.load(target / run_folder.SEARCH).structure_for(arguments.budget)
+        model = spec.build(arguments.seed) if needs_model(budget) else None
+        structure = SearchResult.load(target / run_folder.SEARCH, model).structure_for(budget)
     reference = structure.base_macs if record is None else record.reference[0]
     return _Job(spec, source, splits, structure, reference, out)
 
