@@ -147,6 +147,7 @@ def one_search(
     return {
         "seconds": seconds,
         "steps": result.history[-1]["step"],
+        "ended": result.history[-1].get("ended", "steps"),
         "history": [{key: entry[key] for key in keys} for entry in result.history],
         "num_gates": len(result.flat_gates),
         "widths": {group: len(kept) for group, kept in result.structure.kept.items()},
@@ -207,6 +208,8 @@ def _case(
         row = _row(case, "ours", seconds, found["steps"], found, extrapolated=False)
         line = {**shared, "variant": f"ours, r {target:g}" + (", early stop" if stop else "")}
         line |= {"steps": found["steps"], "s": found["seconds"], "how": "one whole search"}
+        if stop:
+            line["how"] += ", ended stable" if found["ended"] == "stable" else ", never stable"
         for variant in BASELINES:
             ratio = baselines[variant].times(1 / found["seconds"])
             row[f"{variant}_ratio"] = ratio.median
