@@ -6,10 +6,11 @@
 # Reads:  OUT     folder for the results (default benchmarks/results)
 #         PYTHON  interpreter that has PyTorch (default python3)
 #         COMMIT  commit to note where there is no git repository
-# Writes: $OUT/gpu_check.txt          machine, versions, commit, one line per stage
-#         $OUT/gpu_check.log          everything the stages printed
-#         $OUT/bn_gate_act_cuda.csv   operator benchmark
-#         $OUT/search_step_cuda.csv   search step benchmark
+#         wheels/ packages to use beside those installed, where there is such a folder; nothing is downloaded
+# Writes: $OUT/gpu_check.txt     machine, versions, commit, one line per stage with its time
+#         $OUT/gpu_check.log     everything the stages printed
+#         $OUT/<suite>_cuda.csv  one for each suite of python -m benchmarks, profile quick
+#         $OUT/tables_cuda.md    their tables
 #
 # The extension is built in place for the GPUs present, or for TORCH_CUDA_ARCH_LIST. A stage that fails or runs out of time is
 # recorded and the next one goes on. Exit code: 0 all passed, 1 a stage failed, 2 no GPU.
@@ -40,7 +41,8 @@ if not torch.cuda.is_available():
 gpu = torch.cuda.get_device_properties(0)
 print(f"gpu       {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors")
 print(f"memory    {gpu.total_memory / 2**30:.0f} GiB")
-print(f"versions  torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}")
+cudnn = torch.backends.cudnn.version()
+print(f"versions  torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}, Python {platform.python_version()}")
 PY
 }
 
@@ -88,18 +90,36 @@ stage() {
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} PFS_FAST_REQUIRE_EXT=1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
+[ -n "${COMMIT:-}" ] || COMMIT=$(git rev-parse --short HEAD 2>/dev/null || true)
+export COMMIT
+scratch=$(mktemp -d) || exit 1
+trap 'rm -rf "$scratch"' EXIT
 
+bench() { "$PYTHON" -m benchmarks --device cuda --profile quick --out "$OUT" --parts "$scratch/parts" "$@"; }
+export -f bench
+export PYTHON OUT scratch
+
+# Into a folder of their own, which comes first; what is installed stays as it is.
+if [ -d wheels ]; then
+  stage wheels 40 "$PYTHON" -m pip install --quiet --no-index --find-links wheels --no-deps --no-compile \
+    --target "$scratch/site" wheels/*.whl
+  export PYTHONPATH=$PYTHONPATH:$scratch/site
+fi
 stage build 200 env PFS_FAST_CUDA=1 "$PYTHON" setup.py build_ext --inplace
-stage op-tests 120 "$PYTHON" -m pytest -q tests/ops -k cuda
+stage op-tests 90 "$PYTHON" -m pytest -q tests/ops -k cuda
 stage gpu-tests 60 "$PYTHON" -m pytest -q tests --ignore=tests/ops -k "cuda or gpu"
-stage bench-op 90 "$PYTHON" -m benchmarks.ops.bench_bn_gate_act --device cuda --dtype float32 bfloat16 \
-  --out "$OUT/bn_gate_act_cuda.csv"
-stage bench-step 90 "$PYTHON" -m benchmarks.bench_search_step --device cuda --out "$OUT/search_step_cuda.csv"
 # Each tensor in an allocation of its own, or memcheck sees PyTorch's large blocks instead of tensors.
 stage memcheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
   "$PYTHON" -m pytest -q tests/ops/test_cuda_device.py -k packs_and_single_values
 stage racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 \
   "$PYTHON" -m pytest -q tests/ops/test_cuda_device.py -k "packs_and_single_values and float32"
+stage bench-ops 60 bash -c 'bench --suite ops'
+stage bench-step 90 bash -c 'bench --suite step --compile no'
+stage bench-memory 60 bash -c 'bench --suite memory --compile no'
+stage bench-search 120 bash -c 'bench --suite search'
+stage bench-agree 60 bash -c 'bench --suite agreement'
+# Compiling takes minutes: last, and one network alone.
+stage bench-compile 180 bash -c 'bench --suite step --network resnet50_224 --compile yes'
 
 say ""
 if [ "$failures" -gt 0 ]; then

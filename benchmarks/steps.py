@@ -1,0 +1,116 @@
+"""One whole step of the gate search (forward, backward, gate update) by every variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import pfs_fast as pfs
+from benchmarks.baselines import PlainSearch, compiled_reason, cudnn_reason
+from benchmarks.footprint import peak_bytes, saved_bytes
+from benchmarks.settings import Settings
+from benchmarks.timing import Clock, Variant
+from pfs_fast.analysis import channel_graph
+from pfs_fast.config import PRECISIONS
+from pfs_fast.groups import ChannelGroups
+from pfs_fast.plan import prepare
+from pfs_fast.scope import Site, gate_sites, gated_groups
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that can be taken on any batch.
+
+    Attributes:
+        take: Takes it.
+        network: Whose weights and buffers do not count as activations.
+        precision: Of convolutions and activations.
+        channels_last: Layout of the images.
+        eager: Whether autograd's memory can be seen, which a compiler hides.
+    """
+
+    take: Callable[[Tensor, Tensor], None]
+    network: nn.Module
+    precision: str
+    channels_last: bool
+    eager: bool = True
+
+    def place(self, images: Tensor) -> Tensor:
+        """Images as the step wants them."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return images.to(PRECISIONS[self.precision]).contiguous(memory_format=layout)
+
+    def timed(self, images: Tensor, labels: Tensor) -> Variant:
+        """The step on one batch, for the timer."""
+        placed = self.place(images)
+
+        def run(clock: Clock) -> None:
+            self.take(placed, labels)
+            clock.lap("step")
+
+        return run
+
+    def footprint(self, images: Tensor, labels: Tensor) -> tuple[int | None, int | None]:
+        """``(saved bytes, peak bytes)`` of a step that is not the first; (None, None) where they cannot be seen."""
+        if not self.eager:
+            return None, None
+        placed = self.place(images)
+        weights = [*self.network.parameters(), *self.network.buffers()]
+        saved = saved_bytes(lambda: self.take(placed, labels), without=weights)
+        return saved, peak_bytes(lambda: self.take(placed, labels), images.device)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The variants of one network, and those that were not run with the reason."""
+
+    steps: dict[str, Step]
+    skipped: dict[str, str]
+    norms: tuple[str, ...]
+
+
+def gate_places(model: nn.Module, size: int) -> tuple[ChannelGroups, tuple[Site, ...]]:
+    """The paper's gates of a model: groups, and the batch norms that they follow."""
+    graph = channel_graph(model, (torch.zeros(1, 3, size, size),))
+    groups = gated_groups(graph, model, "paper")
+    return groups, gate_sites(graph, groups, "paper")
+
+
+def all_steps(
+    model: nn.Module, images: Tensor, settings: Settings, *, target: float = 0.5
+) -> Steps:
+    """Every variant over the same weights.
+
+    Args:
+        images: A batch on the device. [N, 3, H, W], float32.
+        target: Mean gate aimed at.
+    """
+    device, native = settings.device, settings.native
+    config = pfs.SearchConfig(target=target, compact=False)
+    loop = prepare(model, images, pfs.Budget(0.5), config, device=device).loop
+    norms = loop.bank.layers
+    shared = {"device": device, "target": target}
+    naive = PlainSearch.naive(model, norms, **shared)
+    folded = PlainSearch.best(model, norms, dtype=PRECISIONS[native], **shared)
+    if folded.flat.numel() != loop.num_gates:
+        raise ValueError(
+            f"all_steps: the baselines must have the {loop.num_gates} gates of the search, got {folded.flat.numel()}; "
+            "gates of a group at several layers are not written here"
+        )
+    steps = {
+        "naive": Step(naive.step, naive.network, "fp32", channels_last=False),
+        "folded": Step(folded.step, folded.network, native, channels_last=True),
+        "ours": Step(loop.step, loop.network, native, channels_last=True),
+    }
+    skipped = {"cudnn": cudnn_reason(device)}
+    reason = compiled_reason(device, settings.compiled)
+    if reason is None:
+        compiled = PlainSearch.best(model, norms, dtype=PRECISIONS[native], **shared)
+        compiled.compile()
+        steps["compiled"] = Step(compiled.step, compiled.network, native, True, eager=False)
+    else:
+        skipped["compiled"] = reason
+    return Steps(steps, skipped, norms)
