@@ -5,12 +5,10 @@
 // times as large as the weights, then need no memory between calls and never go stale.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "../checks.h"
 #include "../pfs_ops.h"
@@ -27,11 +25,10 @@ using cpu::WinogradShape;
 // Transformed weights up to this size are made once, and each thread takes blocks of tiles from
 // input to output; larger ones are made by chunks of output channels, which the threads share out.
 constexpr int64_t kWholeWeightBytes = int64_t{4} << 20;
-// What a block of tiles may take, transformed, beside the weights: most of a second-level cache ...
-constexpr int64_t kBlockBytes = 320 << 10;
+// What a block of tiles may take, transformed: most of a second-level cache of 512 KiB ...
+constexpr int64_t kBlockBytes = 440 << 10;
 // ... but not so few tiles that reading the weights again for each block takes longer than that.
-constexpr int64_t kMinTiles = 24;
-constexpr int64_t kWideTiles = 96;
+constexpr int64_t kMinTiles = 12;
 // Transformed input of all tiles that are worked on at once, where weights come by chunks.
 constexpr int64_t kInputBytes = int64_t{24} << 20;
 constexpr int64_t kChunkChannels = 64;
@@ -62,6 +59,20 @@ struct Pass {
   int64_t frequencies() const { return (kernels.tile + 2) * (kernels.tile + 2); }
   int64_t padded(int64_t channels) const { return round_up(channels, kernels.lanes); }
 
+  // First pixel of the row of tiles that a tile is in: what lies between two of them is about the
+  // memory of the tiles between.
+  int64_t first_row(int64_t tile, int64_t height) const {
+    const int64_t line = tile / shape.tiles_x;
+    const int64_t row = std::min(line % shape.tiles_y * kernels.tile, height);
+    return line / shape.tiles_y * height + row;
+  }
+  const float* input_of(int64_t tile) const {
+    return x + first_row(tile, shape.height) * shape.width * shape.in_channels;
+  }
+  const float* output_of(int64_t tile) const {
+    return y + first_row(tile, shape.out_height) * shape.out_width * shape.out_channels;
+  }
+
   int64_t spectrum_floats(int64_t rows, int64_t row) const {
     return frequencies() * (rows * row + kSkew);
   }
@@ -77,7 +88,7 @@ struct Pass {
 };
 
 // Few channels: blocks of tiles that stay in a core's cache from input to output.
-void run_by_tiles(const Pass& pass, const float* zeros) {
+void run_by_tiles(const Pass& pass) {
   const WinogradShape& s = pass.shape;
   const int64_t width = pass.padded(s.out_channels), row = pass.padded(s.in_channels);
   const Buffer weight_buffer(pass.weight_floats(width));
@@ -93,8 +104,8 @@ void run_by_tiles(const Pass& pass, const float* zeros) {
     }
   });
   const int64_t tile_bytes = pass.frequencies() * (row + width) * 4;
-  int64_t size = kBlockBytes / tile_bytes / 6 * 6;
-  if (size < kMinTiles) size = kWideTiles;
+  // By sixes, the rows of the largest block of registers.
+  const int64_t size = std::max(kBlockBytes / tile_bytes / 6 * 6, kMinTiles);
   const int64_t tiles = s.num_tiles();
   const int64_t blocks = at::divup(tiles, size);
   at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
@@ -104,8 +115,11 @@ void run_by_tiles(const Pass& pass, const float* zeros) {
         pass.spectrum(buffer.get() + pass.spectrum_floats(size, row), size, width);
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * size, end = std::min(begin + size, tiles);
-      pass.kernels.transform_input(s, pass.x, zeros, begin, end, input);
-      pass.kernels.multiply(input, weights, product, end - begin, s.in_channels);
+      pass.kernels.transform_input(s, pass.x, begin, end, input);
+      const int64_t after = std::min(end + size, tiles);
+      pass.kernels.multiply(input, weights, product, end - begin, s.in_channels,
+                            {pass.output_of(begin), pass.output_of(end)},
+                            {pass.input_of(end), pass.input_of(after)});
       pass.kernels.transform_output(s, product, begin, end, 0, width, pass.bias, pass.y);
     }
   });
@@ -113,7 +127,7 @@ void run_by_tiles(const Pass& pass, const float* zeros) {
 
 // Many channels: the input of all tiles (or of as many as memory allows) is transformed first, then
 // chunks of output channels go from weights to output.
-void run_by_channels(const Pass& pass, const float* zeros) {
+void run_by_channels(const Pass& pass) {
   const WinogradShape& s = pass.shape;
   const int64_t row = pass.padded(s.in_channels), width = pass.padded(s.out_channels);
   const int64_t tiles = s.num_tiles();
@@ -128,7 +142,7 @@ void run_by_channels(const Pass& pass, const float* zeros) {
     at::parallel_for(begin, end, 6, [&](int64_t first, int64_t last) {
       Spectrum part = input;
       part.data += (first - begin) * input.row;
-      pass.kernels.transform_input(s, pass.x, zeros, first, last, part);
+      pass.kernels.transform_input(s, pass.x, first, last, part);
     });
     at::parallel_for(0, at::divup(width, chunk), 1, [&](int64_t first, int64_t last) {
       const Buffer own(pass.weight_floats(chunk) + pass.spectrum_floats(size, chunk));
@@ -137,7 +151,7 @@ void run_by_channels(const Pass& pass, const float* zeros) {
         const int64_t part = std::min(chunk, width - c);
         const PackedWeights weights = pass.weights(own.get(), part);
         pass.kernels.transform_weights(s, pass.weight, c, weights);
-        pass.kernels.multiply(input, weights, product, end - begin, s.in_channels);
+        pass.kernels.multiply(input, weights, product, end - begin, s.in_channels, {}, {});
         pass.kernels.transform_output(s, product, begin, end, c, part, pass.bias, pass.y);
       }
     });
@@ -146,12 +160,11 @@ void run_by_channels(const Pass& pass, const float* zeros) {
 
 void run(const Pass& pass) {
   if (pass.shape.num_tiles() == 0 || pass.shape.out_channels == 0) return;
-  const std::vector<float> zeros(pass.padded(pass.shape.in_channels), 0.0f);
   const int64_t weight_bytes = pass.weight_floats(pass.padded(pass.shape.out_channels)) * 4;
   if (weight_bytes <= kWholeWeightBytes) {
-    run_by_tiles(pass, zeros.data());
+    run_by_tiles(pass);
   } else {
-    run_by_channels(pass, zeros.data());
+    run_by_channels(pass);
   }
 }
 

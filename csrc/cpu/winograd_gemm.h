@@ -52,12 +52,31 @@ PFS_INLINE void multiply_block(const float* a, int64_t a_row, const float* b, fl
   }
 }
 
+// Fetches a range of memory line by line, a few lines at each call.
+class Fetch {
+ public:
+  PFS_INLINE Fetch(const float* begin, const float* end, int64_t calls)
+      : next_(begin), end_(end), floats_(((end - begin) / calls / kLine + 1) * kLine) {}
+  PFS_INLINE void some() {
+    const float* stop = end_ - next_ > floats_ ? next_ + floats_ : end_;
+    for (; next_ < stop; next_ += kLine) __builtin_prefetch(next_);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  const float* next_;
+  const float* end_;
+  int64_t floats_;
+};
+
 // All rows against one panel.
 template <int kVectors>
-void multiply_panel(const float* a, int64_t a_row, const float* b, float* c, int64_t c_row,
+void multiply_panel(Fetch& first, Fetch& second, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row,
                     int64_t rows, int64_t depth, bool add) {
   int64_t r = 0;
   for (; r + kMaxRows <= rows; r += kMaxRows) {
+    first.some();
+    second.some();
     multiply_block<kMaxRows, kVectors>(a + r * a_row, a_row, b, c + r * c_row, c_row, depth, add);
   }
   a += r * a_row;

@@ -42,6 +42,13 @@ struct PackedWeights {
   int64_t width;  // a multiple of lanes
 };
 
+// Memory that will be read or written soon, to be fetched while a multiplication leaves the memory
+// idle. Empty by default.
+struct Ahead {
+  const float* begin = nullptr;
+  const float* end = nullptr;
+};
+
 // C = input channels, K likewise where matrices are multiplied.
 struct WinogradKernels {
   int64_t tile;   // m
@@ -51,12 +58,12 @@ struct WinogradKernels {
   // are 0.
   void (*transform_weights)(const WinogradShape&, const float* weight, int64_t first,
                             const PackedWeights& packed);
-  // Tiles [first, last) -> rows [0, last - first), [C] each. zeros: C rounded up to lanes.
-  void (*transform_input)(const WinogradShape&, const float* x, const float* zeros, int64_t first,
-                          int64_t last, const Spectrum& input);
+  // Tiles [first, last) -> rows [0, last - first), [C] each, C rounded up to lanes.
+  void (*transform_input)(const WinogradShape&, const float* x, int64_t first, int64_t last,
+                          const Spectrum& input);
   // product [rows, width] = input [rows, K] times packed [K, width], for every frequency.
   void (*multiply)(const Spectrum& input, const PackedWeights& packed, const Spectrum& product,
-                   int64_t rows, int64_t depth);
+                   int64_t rows, int64_t depth, const Ahead& first, const Ahead& second);
   // Rows [0, last - first) -> channels [channel, channel + width) of tiles [first, last), plus bias
   // [out_channels] unless null. Channels beyond the last are left out.
   void (*transform_output)(const WinogradShape&, const Spectrum& product, int64_t first,

@@ -81,37 +81,44 @@ PFS_INLINE void transform_taps(const Floats (*taps)[kLanes], int64_t k, float* o
   }
 }
 
+// Taps [k0, k0 + count) of the lanes output channels from `channel` on; those beyond the last are 0.
+PFS_INLINE void load_taps(const WinogradShape& s, const float* weight, int64_t channel, int64_t k0,
+                          int64_t count, Floats (*taps)[kLanes]) {
+  const int64_t present = s.out_channels - channel;
+  for (int64_t tap = 0; tap < 9; ++tap) {
+    if (s.reversed) {
+      for (int64_t k = 0; k < count; ++k) {
+        const float* from = weight + ((k0 + k) * 9 + tap) * s.out_channels + channel;
+        taps[tap][k] = present >= kLanes ? load_floats(from) : load_some(from, present);
+      }
+    } else {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const float* from = weight + ((channel + i) * 9 + tap) * s.in_channels + k0;
+        taps[tap][i] = i >= present        ? Floats{}
+                       : count >= kLanes   ? load_floats(from)
+                                           : load_some(from, count);
+      }
+      transpose(taps[tap]);
+    }
+  }
+}
+
 template <int kOutputs>
 void transform_weights(const WinogradShape& s, const float* weight, int64_t first,
                        const PackedWeights& packed) {
   const int64_t depth = s.in_channels;
   Floats taps[9][kLanes];  // [tap][k], lanes: output channels
-  for (int64_t n = 0; n < packed.width; n += kLanes) {
-    const int64_t panel = n / kPanel * kPanel;
-    const int64_t panel_width = packed.width - panel < kPanel ? packed.width - panel : kPanel;
-    float* out = packed.data + panel * depth + (n - panel);
-    const int64_t channel = first + n;
-    const int64_t present = s.out_channels - channel;
+  for (int64_t panel = 0; panel < packed.width; panel += kPanel) {
+    const int64_t width = packed.width - panel < kPanel ? packed.width - panel : kPanel;
+    // Both vectors of a panel for a few k, then the next k: they share lines of the cache.
     for (int64_t k0 = 0; k0 < depth; k0 += kLanes) {
       const int64_t count = depth - k0 < kLanes ? depth - k0 : kLanes;
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        if (s.reversed) {
-          for (int64_t k = 0; k < count; ++k) {
-            const float* from = weight + ((k0 + k) * 9 + tap) * s.out_channels + channel;
-            taps[tap][k] = present >= kLanes ? load_floats(from) : load_some(from, present);
-          }
-        } else {
-          for (int64_t i = 0; i < kLanes; ++i) {
-            const float* from = weight + ((channel + i) * 9 + tap) * depth + k0;
-            taps[tap][i] = i >= present        ? Floats{}
-                           : count == kLanes   ? load_floats(from)
-                                               : load_some(from, count);
-          }
-          transpose(taps[tap]);
+      for (int64_t n = 0; n < width; n += kLanes) {
+        load_taps(s, weight, first + panel + n, k0, count, taps);
+        float* out = packed.data + panel * depth + k0 * width + n;
+        for (int64_t k = 0; k < count; ++k) {
+          transform_taps<kOutputs>(taps, k, out + k * width, packed.frequency);
         }
-      }
-      for (int64_t k = 0; k < count; ++k) {
-        transform_taps<kOutputs>(taps, k, out + (k0 + k) * panel_width, packed.frequency);
       }
     }
   }
@@ -119,67 +126,105 @@ void transform_weights(const WinogradShape& s, const float* weight, int64_t firs
 
 // ---- images ----
 
-template <int kOutputs>
-void transform_input(const WinogradShape& s, const float* x, const float* zeros, int64_t first,
-                     int64_t last, const Spectrum& input) {
+// Where the inputs of one tile lie.
+template <int kInputs>
+struct Window {
+  const float* rows[kInputs];  // null: a row of zeros
+  int64_t columns[kInputs];    // offset of a pixel in its row; any pixel where there is none
+  Vec<float>::I masks[kInputs];  // all bits set, or none where the column is one of zeros
+  bool inside;                 // no column is
+};
+
+template <int kInputs>
+PFS_INLINE void place_window(const WinogradShape& s, const float* x, const TilePlace& place,
+                             Window<kInputs>& window) {
+  window.inside = true;
+  for (int i = 0; i < kInputs; ++i) {
+    const int64_t forward = s.reversed ? kInputs - 1 - i : i;
+    const int64_t row = place.y - s.pad_y + forward, column = place.x - s.pad_x + forward;
+    const bool has_row = row >= 0 && row < s.height, has_column = column >= 0 && column < s.width;
+    window.rows[i] =
+        has_row ? x + (place.image * s.height + row) * s.width * s.in_channels : nullptr;
+    window.columns[i] = has_column ? column * s.in_channels : 0;
+    window.masks[i] = Vec<float>::I{} - static_cast<int32_t>(has_column);
+    window.inside = window.inside && has_column;
+  }
+}
+
+// One vector of channels of one tile; count: channels that are left.
+template <int kOutputs, bool kWhole, bool kInside>
+PFS_INLINE void transform_window(const Window<kOutputs + 2>& window, int64_t c, int64_t count,
+                                 float* out, int64_t frequency) {
   constexpr int kInputs = kOutputs + 2;
-  const int64_t channels = s.in_channels;
-  const float* end = x + s.batch * s.height * s.width * channels;
-  for (int64_t tile = first; tile < last; ++tile) {
-    const TilePlace place(s, tile, kOutputs);
-    const int64_t x0 = place.x - s.pad_x;
-    // Rows and columns outside of the image are zeros.
-    const float* rows[kInputs];
-    int64_t steps[kInputs];
-    const float* furthest = x;
+  Floats half[kInputs][kInputs];
+#pragma GCC unroll 6
+  for (int i = 0; i < kInputs; ++i) {
+    if (window.rows[i] == nullptr) {
+#pragma GCC unroll 6
+      for (int j = 0; j < kInputs; ++j) half[i][j] = Floats{};
+      continue;
+    }
+    const float* row = window.rows[i] + c;
+    Floats values[kInputs];
+#pragma GCC unroll 6
+    for (int j = 0; j < kInputs; ++j) {
+      const float* from = row + window.columns[j];
+      values[j] = kWhole ? load_floats(from) : load_some(from, count);
+      if (!kInside) values[j] = (Floats)((Vec<float>::I)values[j] & window.masks[j]);
+    }
+    Points<kOutputs>::input(values, half[i]);
+  }
+  // Column by column: frequencies i * kInputs + j.
+  const int64_t below = frequency * kInputs;
+#pragma GCC unroll 6
+  for (int j = 0; j < kInputs; ++j) {
+    Floats values[kInputs], transformed[kInputs];
+#pragma GCC unroll 6
+    for (int i = 0; i < kInputs; ++i) values[i] = half[i][j];
+    Points<kOutputs>::input(values, transformed);
+    float* to = out;
+#pragma GCC unroll 6
     for (int i = 0; i < kInputs; ++i) {
-      const int64_t row = place.y - s.pad_y + (s.reversed ? kInputs - 1 - i : i);
-      const bool inside = row >= 0 && row < s.height;
-      rows[i] = inside ? x + (place.image * s.height + row) * s.width * channels : zeros;
-      steps[i] = inside ? channels : 0;
-      if (inside && rows[i] > furthest) furthest = rows[i];
+      store_floats(to, transformed[i]);
+      to += below;
     }
-    // What a whole vector reads beyond a pixel is not used, but must be memory of the image.
-    const bool may_read_on = end - furthest >= s.width * channels + kLanes;
-    float* out = input.data + (tile - first) * input.row;
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const int64_t count = channels - c;
-      const bool whole = count >= kLanes || may_read_on;
-      Floats half[kInputs][kInputs];
-      for (int j = 0; j < kInputs; ++j) {
-        const int64_t column = x0 + (s.reversed ? kInputs - 1 - j : j);
-        if (column < 0 || column >= s.width) {
-#pragma GCC unroll 6
-          for (int i = 0; i < kInputs; ++i) half[i][j] = Floats{};
-          continue;
-        }
-        Floats values[kInputs], transformed[kInputs];
-#pragma GCC unroll 6
-        for (int i = 0; i < kInputs; ++i) {
-          const float* from = rows[i] + column * steps[i] + c;
-          values[i] = whole ? load_floats(from) : load_some(from, count);
-        }
-        Points<kOutputs>::input(values, transformed);
-#pragma GCC unroll 6
-        for (int i = 0; i < kInputs; ++i) half[i][j] = transformed[i];
-      }
-#pragma GCC unroll 6
-      for (int i = 0; i < kInputs; ++i) {
-        Floats transformed[kInputs];
-        Points<kOutputs>::input(half[i], transformed);
-#pragma GCC unroll 6
-        for (int j = 0; j < kInputs; ++j) {
-          store_floats(out + (i * kInputs + j) * input.frequency + c, transformed[j]);
-        }
-      }
+    out += frequency;
+  }
+}
+
+template <int kOutputs>
+void transform_input(const WinogradShape& s, const float* x, int64_t first, int64_t last,
+                     const Spectrum& input) {
+  const int64_t channels = s.in_channels;
+  const int64_t frequency = input.frequency, row = input.row;
+  const int64_t whole = channels / kLanes * kLanes;
+  float* out = input.data;
+  for (int64_t tile = first; tile < last; ++tile) {
+    Window<kOutputs + 2> window;
+    place_window(s, x, TilePlace(s, tile, kOutputs), window);
+    if (window.inside) {
+      for (int64_t c = 0; c < whole; c += kLanes)
+        transform_window<kOutputs, true, true>(window, c, kLanes, out + c, frequency);
+    } else {
+      for (int64_t c = 0; c < whole; c += kLanes)
+        transform_window<kOutputs, true, false>(window, c, kLanes, out + c, frequency);
     }
+    if (whole < channels) {
+      transform_window<kOutputs, false, false>(window, whole, channels - whole, out + whole,
+                                               frequency);
+    }
+    out += row;
   }
 }
 
 template <int kOutputs>
 void multiply(const Spectrum& input, const PackedWeights& packed, const Spectrum& product,
-              int64_t rows, int64_t depth) {
+              int64_t rows, int64_t depth, const Ahead& first, const Ahead& second) {
   constexpr int kFrequencies = (kOutputs + 2) * (kOutputs + 2);
+  const int64_t blocks = kFrequencies * ((depth + kDepth - 1) / kDepth) *
+                         ((packed.width + kPanel - 1) / kPanel) * (rows / kMaxRows);
+  Fetch fetch_first(first.begin, first.end, blocks > 0 ? blocks : 1);
+  Fetch fetch_second(second.begin, second.end, blocks > 0 ? blocks : 1);
   for (int f = 0; f < kFrequencies; ++f) {
     const float* a = input.data + f * input.frequency;
     const float* b = packed.data + f * packed.frequency;
@@ -190,61 +235,95 @@ void multiply(const Spectrum& input, const PackedWeights& packed, const Spectrum
         const bool pair = packed.width - n >= kPanel;
         const float* panel = b + n * depth + k * (pair ? kPanel : kLanes);
         if (pair) {
-          multiply_panel<2>(a + k, input.row, panel, c + n, product.row, rows, span, k > 0);
+          multiply_panel<2>(fetch_first, fetch_second, a + k, input.row, panel, c + n, product.row,
+                            rows, span, k > 0);
         } else {
-          multiply_panel<1>(a + k, input.row, panel, c + n, product.row, rows, span, k > 0);
+          multiply_panel<1>(fetch_first, fetch_second, a + k, input.row, panel, c + n, product.row,
+                            rows, span, k > 0);
         }
       }
     }
   }
 }
 
+// One vector of channels of one tile. y: its first output in memory; rows, columns: outputs inside
+// of the image, counted from there.
+template <int kOutputs, bool kWhole, bool kInside>
+PFS_INLINE void transform_products(const float* in, int64_t frequency, Floats shift, float* y,
+                                   int64_t y_row, int64_t y_column, int64_t rows, int64_t columns,
+                                   bool reversed, int64_t count) {
+  constexpr int kInputs = kOutputs + 2;
+  Floats half[kInputs][kOutputs];
+#pragma GCC unroll 6
+  for (int i = 0; i < kInputs; ++i) {
+    Floats values[kInputs];
+#pragma GCC unroll 6
+    for (int j = 0; j < kInputs; ++j) {
+      values[j] = load_floats(in);
+      in += frequency;
+    }
+    Points<kOutputs>::output(values, half[i]);
+  }
+  if (reversed) {
+    y += (kOutputs - 1) * (y_row + y_column);
+    y_row = -y_row;
+    y_column = -y_column;
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kOutputs; ++j) {
+    Floats values[kInputs], transformed[kOutputs];
+#pragma GCC unroll 6
+    for (int i = 0; i < kInputs; ++i) values[i] = half[i][j];
+    Points<kOutputs>::output(values, transformed);
+    const bool has_column = kInside || (reversed ? kOutputs - 1 - j : j) < columns;
+    float* to = y;
+#pragma GCC unroll 4
+    for (int i = 0; i < kOutputs; ++i) {
+      if (kInside || (has_column && (reversed ? kOutputs - 1 - i : i) < rows)) {
+        if (kWhole) {
+          store_floats(to, transformed[i] + shift);
+        } else {
+          store_some(to, transformed[i] + shift, count);
+        }
+      }
+      to += y_row;
+    }
+    y += y_column;
+  }
+}
+
 template <int kOutputs>
 void transform_output(const WinogradShape& s, const Spectrum& product, int64_t first, int64_t last,
                       int64_t channel, int64_t width, const float* bias, float* y) {
-  constexpr int kInputs = kOutputs + 2;
+  const int64_t frequency = product.frequency;
+  const int64_t y_column = s.out_channels, y_row = s.out_width * y_column;
+  const int64_t present = s.out_channels - channel < width ? s.out_channels - channel : width;
+  const bool reversed = s.reversed;
+  const float* in = product.data;
   for (int64_t tile = first; tile < last; ++tile) {
     const TilePlace place(s, tile, kOutputs);
-    const float* in = product.data + (tile - first) * product.row;
-    float* image = y + place.image * s.out_height * s.out_width * s.out_channels;
-    for (int64_t n = 0; n < width && channel + n < s.out_channels; n += kLanes) {
-      const int64_t count = s.out_channels - channel - n;
+    float* out = y + (place.image * s.out_height + place.y) * y_row + place.x * y_column + channel;
+    const int64_t rows = s.out_height - place.y, columns = s.out_width - place.x;
+    const bool inside = rows >= kOutputs && columns >= kOutputs;
+    for (int64_t n = 0; n < present; n += kLanes) {
+      const int64_t count = present - n;
       Floats shift = {};
       if (bias != nullptr) {
         const float* from = bias + channel + n;
         shift = count >= kLanes ? load_floats(from) : load_some(from, count);
       }
-      Floats half[kOutputs][kInputs];
-#pragma GCC unroll 6
-      for (int j = 0; j < kInputs; ++j) {
-        Floats values[kInputs], transformed[kOutputs];
-#pragma GCC unroll 6
-        for (int i = 0; i < kInputs; ++i) {
-          values[i] = load_floats(in + (i * kInputs + j) * product.frequency + n);
-        }
-        Points<kOutputs>::output(values, transformed);
-#pragma GCC unroll 4
-        for (int i = 0; i < kOutputs; ++i) half[i][j] = transformed[i];
-      }
-      for (int i = 0; i < kOutputs; ++i) {
-        const int64_t row = place.y + (s.reversed ? kOutputs - 1 - i : i);
-        if (row >= s.out_height) continue;
-        Floats transformed[kOutputs];
-        Points<kOutputs>::output(half[i], transformed);
-        float* out = image + (row * s.out_width + place.x) * s.out_channels + channel + n;
-#pragma GCC unroll 4
-        for (int j = 0; j < kOutputs; ++j) {
-          const int64_t column = s.reversed ? kOutputs - 1 - j : j;
-          if (place.x + column >= s.out_width) continue;
-          float* to = out + column * s.out_channels;
-          if (count >= kLanes) {
-            store_floats(to, transformed[j] + shift);
-          } else {
-            store_some(to, transformed[j] + shift, count);
-          }
-        }
+      if (count < kLanes) {
+        transform_products<kOutputs, false, false>(in + n, frequency, shift, out + n, y_row,
+                                                   y_column, rows, columns, reversed, count);
+      } else if (inside) {
+        transform_products<kOutputs, true, true>(in + n, frequency, shift, out + n, y_row, y_column,
+                                                 rows, columns, reversed, count);
+      } else {
+        transform_products<kOutputs, true, false>(in + n, frequency, shift, out + n, y_row,
+                                                  y_column, rows, columns, reversed, count);
       }
     }
+    in += product.row;
   }
 }
 
