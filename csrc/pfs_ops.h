@@ -100,6 +100,21 @@ at::Tensor frozen_conv_backward(  // grad_x [N, C_in, *spatial] = input_size, in
     at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups);
 
+// frozen_conv of a 3x3 kernel with stride 1 in float32 on the CPU, by Winograd's minimal filtering
+// F(tile x tile, 3x3): the same sums with 2.25 (tile 2) or 4 (tile 4) times fewer products, rounded
+// otherwise. The result does not depend on the number of threads.
+at::Tensor winograd_conv(        // [N, C_out, H + 2 padding[0] - 2, W + 2 padding[1] - 2], layout(x)
+    const at::Tensor& x,         // [N, C_in, H, W], float32
+    const at::Tensor& weight,    // [C_out, C_in, 3, 3], float32
+    const OptionalTensor& bias,  // [C_out], float32
+    at::IntArrayRef padding,     // two values in [0, 2]
+    int64_t tile);               // 2 or 4
+
+at::Tensor winograd_conv_backward(  // grad_x [N, C_in, H, W], layout(grad_y)
+    const at::Tensor& grad_y,       // [N, C_out, H_out, W_out], float32
+    const at::Tensor& weight,       // [C_out, C_in, 3, 3], float32
+    at::IntArrayRef padding, int64_t tile);
+
 // One step on all gates, in place: step += 1; grad + the regulariser's gradient 2 gamma (m -
 // target) / num_gates * sign(gates), m = sum |gates| / num_gates; Adam (bias corrections in
 // double); clamp to [0, 1], NaN stays NaN; died_at = step where a gate has just become 0 and -1

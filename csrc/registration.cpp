@@ -26,6 +26,11 @@ TORCH_LIBRARY(pfs_fast, m) {
       "SymInt[] padding, "
       "SymInt[] dilation, SymInt groups) -> Tensor");
   m.def(
+      "winograd_conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] padding, int tile) -> Tensor");
+  m.def(
+      "_winograd_conv_backward(Tensor grad_y, Tensor weight, SymInt[] padding, int tile) -> "
+      "Tensor");
+  m.def(
       "gate_step_(Tensor(a!) gates, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!) step, "
       "Tensor(e!) died_at, float lr, float beta1, float beta2, float eps, float gamma, float "

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from . import rules
+from . import rules, winograd
 from .analysis import ChannelGraph
 from .functional import is_same_padded
 from .gates import GateBank
@@ -37,6 +37,7 @@ class GatedNetwork(nn.Module):
         dtype: Of convolutions and activations.
         channels_last: Lay out 4-d weights channels_last.
         track_stats: Update the running statistics of batch norms in train mode; only needed to evaluate.
+        fast_convs: Run convolutions by Winograd's minimal filtering where `winograd` says so.
 
     Attributes:
         root: The model's modules under their own names, shared by both nets.
@@ -53,12 +54,13 @@ class GatedNetwork(nn.Module):
         dtype: torch.dtype,
         channels_last: bool = True,
         track_stats: bool = False,
+        fast_convs: bool = False,
     ) -> None:
         super().__init__()
         root = self.root = graph.traced.train.requires_grad_(False)
         device = bank.state.values.device
         _cast(root, dtype, bank.state.values.dtype, device, channels_last)
-        builder = _Builder(root, bank, ops, track_stats)
+        builder = _Builder(root, bank, ops, track_stats, fast_convs)
         self.train_net = builder.rewrite(graph.traced.train)
         shared = graph.traced.train is graph.traced.eval
         self.eval_net = self.train_net if shared else builder.rewrite(graph.traced.eval)
@@ -112,14 +114,23 @@ class FusedNorm(nn.Module):
 
 
 class FrozenConv(nn.Module):
-    """A convolution that keeps nothing but its weight for the backward pass."""
+    """A convolution that keeps nothing but its weight for the backward pass.
 
-    def __init__(self, conv: _ConvNd, ops: ModuleType) -> None:
+    Args:
+        conv: The layer.
+        ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
+        fast: Use ``winograd_conv`` for the inputs that `winograd.tile_of` names.
+    """
+
+    def __init__(self, conv: _ConvNd, ops: ModuleType, fast: bool = False) -> None:
         super().__init__()
-        self.conv, self._ops = conv, ops
+        self.conv, self._ops, self._fast = conv, ops, fast and winograd.can_use(conv)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
         c = self.conv
+        tile = winograd.tile_of(c, input) if self._fast else winograd.DIRECT
+        if tile != winograd.DIRECT:
+            return self._ops.winograd_conv(input, c.weight, c.bias, c.padding, tile=tile)
         return self._ops.frozen_conv(
             input, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups
         )
@@ -142,9 +153,11 @@ class GatedOutput(nn.Module):
 class _Builder:
     """Rewrites graphs over one set of modules; new modules are made once for each place."""
 
-    def __init__(self, root: nn.Module, bank: GateBank, ops: ModuleType, track: bool) -> None:
+    def __init__(
+        self, root: nn.Module, bank: GateBank, ops: ModuleType, track: bool, fast_convs: bool
+    ) -> None:
         self._modules: dict[str, Any] = dict(root.named_modules(remove_duplicate=False))
-        self._bank, self._ops, self._track = bank, ops, track
+        self._bank, self._ops, self._track, self._fast_convs = bank, ops, track, fast_convs
         self._targets: dict[tuple[str, str], str] = {}
 
     def rewrite(self, graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -186,7 +199,7 @@ class _Builder:
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
         )
-        layer = FrozenConv(module, self._ops) if plain else module
+        layer = FrozenConv(module, self._ops, self._fast_convs) if plain else module
         if name in self._bank.layers:
             channel_dim = -1 if isinstance(module, nn.Linear) else 1
             if isinstance(module, _ConvNd):  # also without a batch dimension

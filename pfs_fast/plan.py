@@ -118,6 +118,7 @@ def prepare(
         dtype=dtype,
         channels_last=config.channels_last,
         track_stats=track_stats,
+        fast_convs=config.winograd,
     )
     absorbing = absorbing_groups(network, groups, chosen_units(graph, groups))
     compaction = Compaction(network, bank, groups, sites, absorbing, preferred_multiple(device))

@@ -1,4 +1,5 @@
-"""The fused operators, usable alone: ``bn_gate_act``, ``frozen_conv`` and ``gate_step_``.
+"""The fused operators, usable alone: ``bn_gate_act``, ``frozen_conv``, ``winograd_conv`` and
+``gate_step_``.
 
 Each has a twin of the same name and signature in :mod:`pfs_fast.ops.reference`, in plain PyTorch.
 The functions here run the compiled kernels and nothing else: without them the first call raises
@@ -14,7 +15,7 @@ from pfs_fast._library import require_ops
 from pfs_fast.ops import _registration as _registration
 from pfs_fast.ops.reference import update_running_stats as _update_running_stats
 
-__all__ = ["bn_gate_act", "frozen_conv", "gate_step_"]
+__all__ = ["bn_gate_act", "frozen_conv", "gate_step_", "winograd_conv"]
 
 
 def bn_gate_act(
@@ -131,6 +132,57 @@ def frozen_conv(
         _per_dimension(padding, spatial_dims),
         _per_dimension(dilation, spatial_dims),
         groups,
+    )
+
+
+def winograd_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    padding: int | tuple[int, int] = 1,
+    *,
+    tile: int = 4,
+) -> Tensor:
+    """``frozen_conv`` of a 3x3 kernel with stride 1 in float32 on the CPU, with fewer products.
+
+    Winograd's minimal filtering F(tile x tile, 3x3) (Lavin and Gray, arXiv 1509.09308): 4 times
+    fewer products than a direct convolution with tile 4, 2.25 times fewer with tile 2. The sums are
+    the same but for rounding: a relative error of about 2e-7 to 8e-7 (tile 2) or 5e-7 to 3e-6 (tile
+    4) for 16 to 600 channels, where a direct convolution has 1e-7 to 1e-6. NaN and infinity in a
+    tile spread over the whole tile. Weights are transformed in every call, so that they may change
+    between two calls and nothing but the weight is kept for the backward pass. The result does not
+    depend on the number of threads. Differentiable once, in ``x``.
+
+    Args:
+        x: Input. [N, C_in, H, W], float32, channels_last; other strides are copied first.
+        weight: Kernel. [C_out, C_in, 3, 3], float32.
+        bias: Shift, or None. [C_out], float32.
+        padding: Zeros added on each side, 0 to 2, one number or one per spatial dimension.
+        tile: Outputs that are computed together, in each direction: 2 or 4.
+
+    Returns:
+        The convolution, [N, C_out, H + 2 * padding - 2, W + 2 * padding - 2], channels_last or
+        contiguous as x.
+
+    Raises:
+        ValueError: A shape or an option does not fit.
+        TypeError: A tensor is not float32.
+        NotImplementedError: The tensors are not on the CPU.
+        BackendError: The compiled operators are missing.
+
+    Example:
+        >>> import torch
+        >>> from pfs_fast.ops import winograd_conv
+        >>> winograd_conv(torch.randn(8, 16, 32, 32), torch.randn(24, 16, 3, 3)).shape
+        torch.Size([8, 24, 32, 32])
+    """
+    require_ops()
+    return torch.ops.pfs_fast.winograd_conv(
+        x,
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        _per_dimension(padding, 2),
+        tile,
     )
 
 

@@ -118,6 +118,32 @@ def _frozen_conv_backward_fake(
     )
 
 
+def _winograd_conv_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], tile: int
+) -> Tensor:
+    height, width = (size + 2 * pad - 2 for size, pad in zip(x.shape[2:], padding, strict=True))
+    return torch.empty(
+        (x.shape[0], weight.shape[0], height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=suggest_memory_format(x),
+    )
+
+
+def _winograd_conv_backward_fake(
+    grad_y: Tensor, weight: Tensor, padding: Sequence[int], tile: int
+) -> Tensor:
+    height, width = (
+        size + 2 - 2 * pad for size, pad in zip(grad_y.shape[2:], padding, strict=True)
+    )
+    return torch.empty(
+        (grad_y.shape[0], weight.shape[1], height, width),
+        dtype=grad_y.dtype,
+        device=grad_y.device,
+        memory_format=suggest_memory_format(grad_y),
+    )
+
+
 def _gate_step_fake(*args: Any) -> None:
     return None
 
@@ -165,6 +191,23 @@ def _frozen_conv_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | Non
     return (grad_x.contiguous(memory_format=ctx.input_format), *constants)
 
 
+def _winograd_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, padding, tile = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight)
+    ctx.input_format = suggest_memory_format(x)
+    ctx.options = (padding, tile)
+
+
+def _winograd_conv_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    constants = (None,) * 4
+    if grad_y is None or not ctx.needs_input_grad[0]:
+        return (None, *constants)
+    (weight,) = ctx.saved_tensors
+    grad_x = torch.ops.pfs_fast._winograd_conv_backward(grad_y, weight, *ctx.options)
+    return (grad_x.contiguous(memory_format=ctx.input_format), *constants)
+
+
 def _refuse_double_backward(op: str) -> Any:
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
@@ -206,6 +249,16 @@ def _frozen_conv_autocast(device_type: str) -> Any:
     return run
 
 
+def _winograd_conv_autocast(device_type: str) -> Any:
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        # float32 is all that it has.
+        with torch.autocast(device_type, enabled=False):
+            full_bias = None if bias is None else bias.float()
+            return torch.ops.pfs_fast.winograd_conv(x.float(), weight.float(), full_bias, *options)
+
+    return run
+
+
 def _register() -> None:
     library = torch.library
     fakes = {
@@ -213,6 +266,8 @@ def _register() -> None:
         "_bn_gate_act_backward": _bn_gate_act_backward_fake,
         "frozen_conv": _frozen_conv_fake,
         "_frozen_conv_backward": _frozen_conv_backward_fake,
+        "winograd_conv": _winograd_conv_fake,
+        "_winograd_conv_backward": _winograd_conv_backward_fake,
         "gate_step_": _gate_step_fake,
     }
     for name, fake in fakes.items():
@@ -220,13 +275,16 @@ def _register() -> None:
     for name, backward, setup in (
         ("bn_gate_act", _bn_gate_act_backward, _bn_gate_act_setup),
         ("frozen_conv", _frozen_conv_backward, _frozen_conv_setup),
+        ("winograd_conv", _winograd_conv_backward, _winograd_conv_setup),
         ("_bn_gate_act_backward", _refuse_double_backward("bn_gate_act"), None),
         ("_frozen_conv_backward", _refuse_double_backward("frozen_conv"), None),
+        ("_winograd_conv_backward", _refuse_double_backward("winograd_conv"), None),
     ):
         library.register_autograd(f"pfs_fast::{name}", backward, setup_context=setup)
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _IMPL.impl("bn_gate_act", _bn_gate_act_autocast(device_type), key)
         _IMPL.impl("frozen_conv", _frozen_conv_autocast(device_type), key)
+        _IMPL.impl("winograd_conv", _winograd_conv_autocast(device_type), key)
 
 
 if _IMPL is not None:

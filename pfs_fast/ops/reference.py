@@ -124,6 +124,18 @@ def frozen_conv(
     return conv(x, weight, bias, stride, padding, dilation, groups)
 
 
+def winograd_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    padding: int | tuple[int, int] = 1,
+    *,
+    tile: int = 4,
+) -> Tensor:
+    """The convolution that :func:`pfs_fast.ops.winograd_conv` computes, directly; ``tile`` is not used."""
+    return frozen_conv(x, weight, bias, 1, padding)
+
+
 @torch.no_grad()
 def gate_step_(
     gates: Tensor,

@@ -1,0 +1,101 @@
+// product = input x weights for one frequency: a register-blocked multiplication of float matrices.
+//
+// A block of kRows rows and two vectors of columns stays in registers while it runs over the depth;
+// the panel of weights that it reads stays in the first-level cache for all rows. Included after
+// winograd_points.h.
+#pragma once
+
+#include "winograd_points.h"
+
+namespace pfs::cpu {
+namespace {
+
+constexpr int kMaxRows = 6;  // 12 sums, 2 weights and an input: of 16 registers
+// Depth of a panel of weights: 2 * lanes * kDepth floats are half of a first-level cache of 32 KiB
+// (AVX2).
+constexpr int64_t kDepth = 256;
+
+PFS_INLINE Floats load_floats(const float* p) {
+  return *reinterpret_cast<const Vec<float>::Unaligned*>(p);
+}
+PFS_INLINE void store_floats(float* p, Floats v) {
+  *reinterpret_cast<Vec<float>::Unaligned*>(p) = v;
+}
+
+// c [kRows, kVectors * lanes] (+)= a [kRows, depth] b [depth, kVectors * lanes]
+template <int kRows, int kVectors>
+PFS_INLINE void multiply_block(const float* a, int64_t a_row, const float* b, float* c,
+                               int64_t c_row, int64_t depth, bool add) {
+  Floats sum[kRows][kVectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      sum[r][v] = add ? load_floats(c + r * c_row + v * kLanes) : Floats{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats weight[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) weight[v] = load_floats(b + v * kLanes);
+    b += kVectors * kLanes;
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const Floats value = splat<float>(a[r * a_row + k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += value * weight[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store_floats(c + r * c_row + v * kLanes, sum[r][v]);
+  }
+}
+
+// Fetches a range of memory line by line, a few lines at each call.
+class Fetch {
+ public:
+  PFS_INLINE Fetch(const float* begin, const float* end, int64_t calls)
+      : next_(begin), end_(end), floats_(((end - begin) / calls / kLine + 1) * kLine) {}
+  PFS_INLINE void some() {
+    const float* stop = end_ - next_ > floats_ ? next_ + floats_ : end_;
+    for (; next_ < stop; next_ += kLine) __builtin_prefetch(next_);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  const float* next_;
+  const float* end_;
+  int64_t floats_;
+};
+
+// All rows against one panel.
+template <int kVectors>
+void multiply_panel(Fetch& first, Fetch& second, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row,
+                    int64_t rows, int64_t depth, bool add) {
+  int64_t r = 0;
+  for (; r + kMaxRows <= rows; r += kMaxRows) {
+    first.some();
+    second.some();
+    multiply_block<kMaxRows, kVectors>(a + r * a_row, a_row, b, c + r * c_row, c_row, depth, add);
+  }
+  a += r * a_row;
+  c += r * c_row;
+  switch (rows - r) {
+    case 1:
+      return multiply_block<1, kVectors>(a, a_row, b, c, c_row, depth, add);
+    case 2:
+      return multiply_block<2, kVectors>(a, a_row, b, c, c_row, depth, add);
+    case 3:
+      return multiply_block<3, kVectors>(a, a_row, b, c, c_row, depth, add);
+    case 4:
+      return multiply_block<4, kVectors>(a, a_row, b, c, c_row, depth, add);
+    case 5:
+      return multiply_block<5, kVectors>(a, a_row, b, c, c_row, depth, add);
+    default:
+      return;
+  }
+}
+
+}  // namespace
+}  // namespace pfs::cpu

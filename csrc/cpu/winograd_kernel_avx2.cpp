@@ -1,0 +1,23 @@
+// winograd_conv for AVX2 and FMA; compiled with the flags that csrc/sources.txt gives this file.
+#include "winograd_kernel.h"
+
+#if defined(__AVX2__) && defined(__FMA__)
+
+#define PFS_VECTOR_BYTES 32
+#include "winograd_kernel_impl.h"
+
+namespace pfs::cpu {
+
+extern const WinogradKernels* const winograd_avx2 = winograd_kernels;
+
+}  // namespace pfs::cpu
+
+#else
+
+namespace pfs::cpu {
+
+extern const WinogradKernels* const winograd_avx2 = nullptr;
+
+}  // namespace pfs::cpu
+
+#endif

@@ -1,0 +1,343 @@
+// The kernels of winograd_conv, compiled once per instruction set by winograd_kernel_<isa>.cpp.
+#pragma once
+
+#include <utility>
+
+#include "winograd_gemm.h"
+#include "winograd_kernel.h"
+
+namespace pfs::cpu {
+namespace {
+
+constexpr int64_t kPanel = 2 * kLanes;
+
+PFS_INLINE Floats load_some(const float* p, int64_t count) {
+  Floats v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+
+PFS_INLINE void store_some(float* p, Floats v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+struct TilePlace {
+  int64_t image, y, x;  // of the first output
+
+  PFS_INLINE TilePlace(const WinogradShape& s, int64_t tile, int64_t size)
+      : image(tile / (s.tiles_y * s.tiles_x)),
+        y(tile / s.tiles_x % s.tiles_y * size),
+        x(tile % s.tiles_x * size) {}
+};
+
+// ---- weights ----
+
+// Lane i of the result is value order[i] of the two vectors, one after the other.
+template <int... order>
+PFS_INLINE Floats pick(Floats first, Floats second) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(first, second, order...);
+#else
+  return __builtin_shuffle(first, second, Vec<float>::I{order...});
+#endif
+}
+
+// Exchanges the blocks of step x step values off the diagonal of every 2 step x 2 step square.
+template <int step, int... lane>
+PFS_INLINE void exchange(Floats* v, std::integer_sequence<int, lane...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & step) != 0) continue;
+    const Floats first = v[i], second = v[i + step];
+    v[i] = pick<((lane & step) != 0 ? int{kLanes} + lane - step : lane)...>(first, second);
+    v[i + step] = pick<((lane & step) != 0 ? int{kLanes} + lane : lane + step)...>(first, second);
+  }
+}
+
+// Rows of a square of values become its columns.
+template <int step = 1>
+PFS_INLINE void transpose(Floats* v) {
+  exchange<step>(v, std::make_integer_sequence<int, kLanes>{});
+  if constexpr (2 * step < kLanes) transpose<2 * step>(v);
+}
+
+template <int kOutputs>
+PFS_INLINE void transform_taps(const Floats (*taps)[kLanes], int64_t k, float* out,
+                               int64_t frequency) {
+  constexpr int kInputs = kOutputs + 2;
+  Floats half[3][kInputs];
+#pragma GCC unroll 3
+  for (int j = 0; j < 3; ++j) {
+    const Floats column[3] = {taps[j][k], taps[3 + j][k], taps[6 + j][k]};
+    Points<kOutputs>::weight(column, half[j]);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kInputs; ++i) {
+    const Floats row[3] = {half[0][i], half[1][i], half[2][i]};
+    Floats values[kInputs];
+    Points<kOutputs>::weight(row, values);
+#pragma GCC unroll 6
+    for (int j = 0; j < kInputs; ++j) store_floats(out + (i * kInputs + j) * frequency, values[j]);
+  }
+}
+
+// Taps [k0, k0 + count) of the lanes output channels from `channel` on; those beyond the last are 0.
+PFS_INLINE void load_taps(const WinogradShape& s, const float* weight, int64_t channel, int64_t k0,
+                          int64_t count, Floats (*taps)[kLanes]) {
+  const int64_t present = s.out_channels - channel;
+  for (int64_t tap = 0; tap < 9; ++tap) {
+    if (s.reversed) {
+      for (int64_t k = 0; k < count; ++k) {
+        const float* from = weight + ((k0 + k) * 9 + tap) * s.out_channels + channel;
+        taps[tap][k] = present >= kLanes ? load_floats(from) : load_some(from, present);
+      }
+    } else {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const float* from = weight + ((channel + i) * 9 + tap) * s.in_channels + k0;
+        taps[tap][i] = i >= present        ? Floats{}
+                       : count >= kLanes   ? load_floats(from)
+                                           : load_some(from, count);
+      }
+      transpose(taps[tap]);
+    }
+  }
+}
+
+template <int kOutputs>
+void transform_weights(const WinogradShape& s, const float* weight, int64_t first,
+                       const PackedWeights& packed) {
+  const int64_t depth = s.in_channels;
+  Floats taps[9][kLanes];  // [tap][k], lanes: output channels
+  for (int64_t panel = 0; panel < packed.width; panel += kPanel) {
+    const int64_t width = packed.width - panel < kPanel ? packed.width - panel : kPanel;
+    // Both vectors of a panel for a few k, then the next k: they share lines of the cache.
+    for (int64_t k0 = 0; k0 < depth; k0 += kLanes) {
+      const int64_t count = depth - k0 < kLanes ? depth - k0 : kLanes;
+      for (int64_t n = 0; n < width; n += kLanes) {
+        load_taps(s, weight, first + panel + n, k0, count, taps);
+        float* out = packed.data + panel * depth + k0 * width + n;
+        for (int64_t k = 0; k < count; ++k) {
+          transform_taps<kOutputs>(taps, k, out + k * width, packed.frequency);
+        }
+      }
+    }
+  }
+}
+
+// ---- images ----
+
+// Where the inputs of one tile lie.
+template <int kInputs>
+struct Window {
+  const float* rows[kInputs];  // null: a row of zeros
+  int64_t columns[kInputs];    // offset of a pixel in its row; any pixel where there is none
+  Vec<float>::I masks[kInputs];  // all bits set, or none where the column is one of zeros
+  bool inside;                 // no column is
+};
+
+template <int kInputs>
+PFS_INLINE void place_window(const WinogradShape& s, const float* x, const TilePlace& place,
+                             Window<kInputs>& window) {
+  window.inside = true;
+  for (int i = 0; i < kInputs; ++i) {
+    const int64_t forward = s.reversed ? kInputs - 1 - i : i;
+    const int64_t row = place.y - s.pad_y + forward, column = place.x - s.pad_x + forward;
+    const bool has_row = row >= 0 && row < s.height, has_column = column >= 0 && column < s.width;
+    window.rows[i] =
+        has_row ? x + (place.image * s.height + row) * s.width * s.in_channels : nullptr;
+    window.columns[i] = has_column ? column * s.in_channels : 0;
+    window.masks[i] = Vec<float>::I{} - static_cast<int32_t>(has_column);
+    window.inside = window.inside && has_column;
+  }
+}
+
+// One vector of channels of one tile; count: channels that are left.
+template <int kOutputs, bool kWhole, bool kInside>
+PFS_INLINE void transform_window(const Window<kOutputs + 2>& window, int64_t c, int64_t count,
+                                 float* out, int64_t frequency) {
+  constexpr int kInputs = kOutputs + 2;
+  Floats half[kInputs][kInputs];
+#pragma GCC unroll 6
+  for (int i = 0; i < kInputs; ++i) {
+    if (window.rows[i] == nullptr) {
+#pragma GCC unroll 6
+      for (int j = 0; j < kInputs; ++j) half[i][j] = Floats{};
+      continue;
+    }
+    const float* row = window.rows[i] + c;
+    Floats values[kInputs];
+#pragma GCC unroll 6
+    for (int j = 0; j < kInputs; ++j) {
+      const float* from = row + window.columns[j];
+      values[j] = kWhole ? load_floats(from) : load_some(from, count);
+      if (!kInside) values[j] = (Floats)((Vec<float>::I)values[j] & window.masks[j]);
+    }
+    Points<kOutputs>::input(values, half[i]);
+  }
+  // Column by column: frequencies i * kInputs + j.
+  const int64_t below = frequency * kInputs;
+#pragma GCC unroll 6
+  for (int j = 0; j < kInputs; ++j) {
+    Floats values[kInputs], transformed[kInputs];
+#pragma GCC unroll 6
+    for (int i = 0; i < kInputs; ++i) values[i] = half[i][j];
+    Points<kOutputs>::input(values, transformed);
+    float* to = out;
+#pragma GCC unroll 6
+    for (int i = 0; i < kInputs; ++i) {
+      store_floats(to, transformed[i]);
+      to += below;
+    }
+    out += frequency;
+  }
+}
+
+template <int kOutputs>
+void transform_input(const WinogradShape& s, const float* x, int64_t first, int64_t last,
+                     const Spectrum& input) {
+  const int64_t channels = s.in_channels;
+  const int64_t frequency = input.frequency, row = input.row;
+  const int64_t whole = channels / kLanes * kLanes;
+  float* out = input.data;
+  for (int64_t tile = first; tile < last; ++tile) {
+    Window<kOutputs + 2> window;
+    place_window(s, x, TilePlace(s, tile, kOutputs), window);
+    if (window.inside) {
+      for (int64_t c = 0; c < whole; c += kLanes)
+        transform_window<kOutputs, true, true>(window, c, kLanes, out + c, frequency);
+    } else {
+      for (int64_t c = 0; c < whole; c += kLanes)
+        transform_window<kOutputs, true, false>(window, c, kLanes, out + c, frequency);
+    }
+    if (whole < channels) {
+      transform_window<kOutputs, false, false>(window, whole, channels - whole, out + whole,
+                                               frequency);
+    }
+    out += row;
+  }
+}
+
+template <int kOutputs>
+void multiply(const Spectrum& input, const PackedWeights& packed, const Spectrum& product,
+              int64_t rows, int64_t depth, const Ahead& first, const Ahead& second) {
+  constexpr int kFrequencies = (kOutputs + 2) * (kOutputs + 2);
+  const int64_t blocks = kFrequencies * ((depth + kDepth - 1) / kDepth) *
+                         ((packed.width + kPanel - 1) / kPanel) * (rows / kMaxRows);
+  Fetch fetch_first(first.begin, first.end, blocks > 0 ? blocks : 1);
+  Fetch fetch_second(second.begin, second.end, blocks > 0 ? blocks : 1);
+  for (int f = 0; f < kFrequencies; ++f) {
+    const float* a = input.data + f * input.frequency;
+    const float* b = packed.data + f * packed.frequency;
+    float* c = product.data + f * product.frequency;
+    for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
+      const int64_t span = depth - k < kDepth ? depth - k : kDepth;
+      for (int64_t n = 0; n < packed.width; n += kPanel) {
+        const bool pair = packed.width - n >= kPanel;
+        const float* panel = b + n * depth + k * (pair ? kPanel : kLanes);
+        if (pair) {
+          multiply_panel<2>(fetch_first, fetch_second, a + k, input.row, panel, c + n, product.row,
+                            rows, span, k > 0);
+        } else {
+          multiply_panel<1>(fetch_first, fetch_second, a + k, input.row, panel, c + n, product.row,
+                            rows, span, k > 0);
+        }
+      }
+    }
+  }
+}
+
+// One vector of channels of one tile. y: its first output in memory; rows, columns: outputs inside
+// of the image, counted from there.
+template <int kOutputs, bool kWhole, bool kInside>
+PFS_INLINE void transform_products(const float* in, int64_t frequency, Floats shift, float* y,
+                                   int64_t y_row, int64_t y_column, int64_t rows, int64_t columns,
+                                   bool reversed, int64_t count) {
+  constexpr int kInputs = kOutputs + 2;
+  Floats half[kInputs][kOutputs];
+#pragma GCC unroll 6
+  for (int i = 0; i < kInputs; ++i) {
+    Floats values[kInputs];
+#pragma GCC unroll 6
+    for (int j = 0; j < kInputs; ++j) {
+      values[j] = load_floats(in);
+      in += frequency;
+    }
+    Points<kOutputs>::output(values, half[i]);
+  }
+  if (reversed) {
+    y += (kOutputs - 1) * (y_row + y_column);
+    y_row = -y_row;
+    y_column = -y_column;
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kOutputs; ++j) {
+    Floats values[kInputs], transformed[kOutputs];
+#pragma GCC unroll 6
+    for (int i = 0; i < kInputs; ++i) values[i] = half[i][j];
+    Points<kOutputs>::output(values, transformed);
+    const bool has_column = kInside || (reversed ? kOutputs - 1 - j : j) < columns;
+    float* to = y;
+#pragma GCC unroll 4
+    for (int i = 0; i < kOutputs; ++i) {
+      if (kInside || (has_column && (reversed ? kOutputs - 1 - i : i) < rows)) {
+        if (kWhole) {
+          store_floats(to, transformed[i] + shift);
+        } else {
+          store_some(to, transformed[i] + shift, count);
+        }
+      }
+      to += y_row;
+    }
+    y += y_column;
+  }
+}
+
+template <int kOutputs>
+void transform_output(const WinogradShape& s, const Spectrum& product, int64_t first, int64_t last,
+                      int64_t channel, int64_t width, const float* bias, float* y) {
+  const int64_t frequency = product.frequency;
+  const int64_t y_column = s.out_channels, y_row = s.out_width * y_column;
+  const int64_t present = s.out_channels - channel < width ? s.out_channels - channel : width;
+  const bool reversed = s.reversed;
+  const float* in = product.data;
+  for (int64_t tile = first; tile < last; ++tile) {
+    const TilePlace place(s, tile, kOutputs);
+    float* out = y + (place.image * s.out_height + place.y) * y_row + place.x * y_column + channel;
+    const int64_t rows = s.out_height - place.y, columns = s.out_width - place.x;
+    const bool inside = rows >= kOutputs && columns >= kOutputs;
+    for (int64_t n = 0; n < present; n += kLanes) {
+      const int64_t count = present - n;
+      Floats shift = {};
+      if (bias != nullptr) {
+        const float* from = bias + channel + n;
+        shift = count >= kLanes ? load_floats(from) : load_some(from, count);
+      }
+      if (count < kLanes) {
+        transform_products<kOutputs, false, false>(in + n, frequency, shift, out + n, y_row,
+                                                   y_column, rows, columns, reversed, count);
+      } else if (inside) {
+        transform_products<kOutputs, true, true>(in + n, frequency, shift, out + n, y_row, y_column,
+                                                 rows, columns, reversed, count);
+      } else {
+        transform_products<kOutputs, true, false>(in + n, frequency, shift, out + n, y_row,
+                                                  y_column, rows, columns, reversed, count);
+      }
+    }
+    in += product.row;
+  }
+}
+
+template <int kOutputs>
+constexpr WinogradKernels winograd_of() {
+  return {kOutputs,
+          kLanes,
+          transform_weights<kOutputs>,
+          transform_input<kOutputs>,
+          multiply<kOutputs>,
+          transform_output<kOutputs>};
+}
+
+constexpr WinogradKernels winograd_kernels[2] = {winograd_of<2>(), winograd_of<4>()};
+
+}  // namespace
+}  // namespace pfs::cpu
