@@ -113,9 +113,7 @@ class _Finder:
         results = tensors_of(self.values[node])
         if not results:
             return False
-        if rules.writes_in_place(
-            node, self.modules[node.target] if node.op == "call_module" else None
-        ):
+        if node.meta["writes"]:
             return not self._returns_input_untouched(node)
         read = {
             storage_of(t)
@@ -276,7 +274,7 @@ class _Finder:
             what = [type(module).__name__, str(module), sum(p.numel() for p in module.parameters())]
         else:
             args = fx.map_arg((node.args, node.kwargs), lambda n: _shown(self.values[n]))
-            what = [rules.plain_name(node, None), rules.writes_in_place(node, None), str(args)]
+            what = [rules.plain_name(node, None), bool(node.meta["writes"]), str(args)]
         whole = [
             # Inputs whose widths go along (a residual sum, a gate) count by their share of the first one.
             [0 if i == dim else size for i, size in enumerate(shape)]
