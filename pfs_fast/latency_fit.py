@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +14,14 @@ from .budget import Limits
 from .errors import InfeasibleBudgetError
 from .latency import LatencyModel
 from .solver import Sweep
-from .timing import Timing
+from .timing import Task, Timing
 
 _TURNS = 25
 _AIM = 0.96  # of the limit: room for the measured noise
 _GOOD_ENOUGH = 0.92
 _ROUNDS = 10
-_NOISY = 0.15  # half the distance between the quartiles, of the median
+_TRIES = 3
+_CALM, _NOISY = 0.08, 0.15  # half the distance between the quartiles, of the median
 
 
 def fit(
@@ -59,6 +60,10 @@ def fit(
     return keep, timing
 
 
+def _scatter(timings: Sequence[Timing]) -> float:
+    return max(timing.spread / timing.median for timing in timings)
+
+
 class _Fit:
     def __init__(
         self,
@@ -74,7 +79,7 @@ class _Fit:
         # has other work is slower now and faster later: what stays is how much faster one network is than the other.
         self.most = sweep.largest_steps(replace(limits, latency_ms=None))
         self._reference = model.task(build(sweep.keep(self.most)))
-        self._reference_times = [model.timer([self._reference], _TURNS)[0]]
+        self._reference_times = self._turns(self._reference)
         self._ratios = {self.most: Timing(1.0, 0.0, 1.0)}
         model.scale *= self._time(self.most).median / model.evaluate(sweep.keep(self.most))
 
@@ -103,10 +108,19 @@ class _Fit:
 
     def _measure(self, steps: int) -> None:
         task = self.model.task(self.build(self.sweep.keep(steps)))
-        found, reference = self.model.timer([task, self._reference], _TURNS)
+        found, reference = self._turns(task, self._reference)
         self._reference_times.append(reference)
         scale = 1 / reference.median
         self._ratios[steps] = Timing(*(scale * value for value in found))
+
+    def _turns(self, *tasks: Task) -> list[Timing]:
+        """Times of tasks in turns: those of a calm moment, if there is one within a few tries."""
+        tries: list[list[Timing]] = []
+        while len(tries) < _TRIES:
+            tries.append(self.model.timer(tasks, _TURNS))
+            if _scatter(tries[-1]) <= _CALM:
+                break
+        return min(tries, key=_scatter)
 
     def _time(self, steps: int) -> Timing:
         """Milliseconds at a place that was measured, by all that is known of the reference."""

@@ -95,6 +95,47 @@ CASES = {
         InfeasibleBudgetError, r"budget must be feasible: macs must be in \[1,300, 7,796\] \(16\.68% to 100 %\), got 77;", budget=0.01
     ),
     "budget in MACs below the floor": Case(InfeasibleBudgetError, r"macs must be in \[1,300, 7,796\] .*, got 5;", budget=5),
+    "peak activations below the floor": Case(
+        InfeasibleBudgetError, r"peak_activation_bytes must be in \[\d+, [\d,]+\] .*, got 10;", budget=lambda: pfs.Budget(peak_activation_bytes=10)
+    ),
+    "weight bytes below the floor": Case(
+        InfeasibleBudgetError, r"weight_bytes must be in \[192, 1,024\] .*, got 8;", budget=lambda: pfs.Budget(weight_bytes=8)
+    ),
+    "one of two limits below the floor": Case(
+        InfeasibleBudgetError, r"feasible: params must be in \[48, 256\] .*, got 3; raise", budget=lambda: pfs.Budget(macs=0.9, params=3)
+    ),
+    "below the floor of ignored layers": Case(
+        InfeasibleBudgetError,
+        r"macs must be in .* got 2,000; .* widen widths or ignore less \(without them from macs 1,300\)",
+        budget=lambda: pfs.Budget(macs=2000, widths={"1": (5, None)}),
+    ),
+    "unknown layer": Case(
+        BudgetError, r"ignore must name layers of the model, got '1\.7', which matches none; the closest names are '1\.", budget=lambda: pfs.Budget(macs=0.5, ignore=["1.7"])
+    ),
+    "unknown layer in widths": Case(
+        BudgetError, "widths must name layers of the model, got 'layer3'", budget=lambda: pfs.Budget(macs=0.5, widths={"layer3": (1, 2)})
+    ),
+    "widths that contradict": Case(
+        BudgetError,
+        r"group '0\.0' must not contradict each other, got at least 3 channels by .* and at most 2 by .*; its width can be 3 to 3",
+        budget=lambda: pfs.Budget(macs=0.5, widths={"0.0": (3, None), "0": (None, 2)}),
+    ),
+    "width of a layer that is held whole": Case(
+        BudgetError, r"got '2\.2' with 4 channels, held whole: it is an output of the network", budget=lambda: pfs.Budget(macs=0.5, widths={"2": (None, 2)})
+    ),
+    "everything ignored": Case(
+        ModelError, r"that the budget does not ignore, got none; .*\n  2\.2: .*\n  0\.0: the budget ignores it", budget=lambda: pfs.Budget(macs=0.5, ignore=["*"])
+    ),
+    "latency on a device that is not there": Case(
+        BudgetError, "Budget: device must be there, got 'cuda:99'", budget=lambda: pfs.Budget(latency_ms=5, device="cuda:99")
+    ),
+    "multiple for a device that is not there": Case(
+        BudgetError, "Budget: device must be there, got 'cuda:99'", budget=lambda: pfs.Budget(macs=0.5, multiple_of="auto", device="cuda:99")
+    ),
+    "latency 0": Case(BudgetError, "latency_ms must be above 0, got 0", budget=lambda: pfs.Budget(latency_ms=0)),
+    "share of weights of a number of MACs": Case(
+        BudgetError, "reference must be a module for a share of parameters", budget=lambda: pfs.Budget(weight_bytes=0.5), options={"reference": 10_000}
+    ),
     "params below the floor": Case(InfeasibleBudgetError, r"params must be in \[48, 256\] .*, got 3;", budget=lambda: pfs.Budget(params=3)),
     # loader
     "loader empty": Case(LoaderError, "loader must yield at least one batch, got none", loader=list),

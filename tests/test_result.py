@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 from small_nets import batches, cbr, head, tiny
+from structure_cases import chain
 from torch import nn
 
 import pfs_fast as pfs
@@ -22,6 +23,7 @@ from pfs_fast.errors import (
 )
 
 EXAMPLE = torch.zeros(1, 3, 6, 6)
+OTHER = pfs.Structure.from_keep(chain(2), np.ones(2, dtype=bool)).to_json()
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,19 @@ def rewrite(path, change) -> None:
     safetensors.torch.save_file(tensors, path, metadata={"pfs_fast": json.dumps(metadata)})
 
 
+def test_file_of_the_first_version_still_loads(result, path):
+    names = ("macs", "params", "latency_ms", "peak_activation_bytes", "multiple_of", "min_channels")
+
+    def as_first_version(tensors, metadata):
+        metadata["version"] = 1
+        metadata["budget"] = {name: metadata["budget"][name] for name in names}
+
+    rewrite(path, as_first_version)
+    loaded = pfs.SearchResult.load(path)
+    assert loaded.budget == result.budget
+    assert loaded.structure == result.structure
+
+
 HOSTILE = {
     "newer version": (lambda t, m: m.update(version=3), "must be of version 2 or older, got .* of version 3; update pfs_fast"),
     "other format": (lambda t, m: m.update(format="pfs_fast.model"), "must be a file of format 'pfs_fast.search'"),
@@ -189,6 +204,10 @@ HOSTILE = {
     "unknown option": (lambda t, m: m["config"].update(speed=9), "unexpected keyword argument 'speed'"),
     "option outside its range": (lambda t, m: m["config"].update(lr=-1), "lr must be a finite number above 0"),
     "bad budget": (lambda t, m: m["budget"].update(macs=7.5), "macs must be a share"),
+    "budget of another release": (lambda t, m: m["budget"].update(energy=1), "unexpected keyword argument 'energy'"),
+    "widths of text": (lambda t, m: m["budget"].update(widths="all"), "widths must map patterns"),
+    "structure of other groups": (lambda t, m: m.update(structure=OTHER), "must hold a structure of its own groups"),
+    "structure of text": (lambda t, m: m.update(structure="all"), "text must be complete JSON"),
     "reference of text": (lambda t, m: m.update(reference=["a", "b"]), "must hold a whole search result"),
     "history of text": (lambda t, m: m.update(history="none"), "history"),
 }  # fmt: skip

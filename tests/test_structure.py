@@ -7,6 +7,7 @@ import pytest
 from structure_cases import chain, plain_cost, random_groups
 
 from pfs_fast.errors import FileFormatError, StructureError
+from pfs_fast.limit_check import LimitCheck
 from pfs_fast.structure import Structure
 
 KEEP = np.array([True, False, True, True, False, True])
@@ -83,6 +84,11 @@ def without(field: str) -> str:
     return json.dumps(data)
 
 
+def limited(**changes) -> str:
+    check = {"name": "macs", "asked": 9, "predicted": 8, "whole": 9, "measured": None, "spread": None}
+    return edited(limits=[{**check, **changes}])
+
+
 BAD_TEXTS = {
     "truncated": (structure().to_json()[:-20], "text must be complete JSON, got an error"),
     "empty": ("", "text must be complete JSON"),
@@ -95,6 +101,13 @@ BAD_TEXTS = {
         edited(version=3),
         "version must be 1 to 2, got 3; use the release of pfs_fast that wrote it",
     ),
+    "version 0": (edited(version=0), "version must be 1 to 2, got 0"),
+    "limits of text": (edited(limits="macs"), "limits must be a list of checks with asked, .* got macs"),
+    "limit of nothing": (edited(limits=[{}]), "limits must be a list of checks"),
+    "limit of another cost": (limited(name="energy"), "limits must be a list of checks"),
+    "limit without a number": (limited(asked=None), "limits must be a list of checks"),
+    "negative limit": (limited(predicted=-1), "limits must be a list of checks"),
+    "limit of NaN": (limited(measured=float("nan")), "limits must be a list of checks"),
     "boolean version": (edited(version=True), "version must be 1 to 2, got True"),
     "missing field": (without("inputs"), r"got missing \['inputs'\] and unknown \[\]"),
     "unknown field": (edited(extra=1), r"got missing \[\] and unknown \['extra'\]"),
@@ -159,6 +172,31 @@ def test_from_json_names_what_is_wrong(case):
 def test_from_json_refuses_bytes_of_another_kind():
     with pytest.raises(FileFormatError, match="text must be complete JSON"):
         Structure.from_json(None)
+
+
+def test_limits_go_through_json_and_leave_equality_alone():
+    checks = (
+        LimitCheck("macs", 600, 500, 900),
+        LimitCheck("latency_ms", 2.5, 2.4, 4.0, measured=2.45, spread=0.1),
+    )
+    s = Structure.from_keep(chain(4, 2), KEEP, limits=checks)
+    again = Structure.from_json(s.to_json())
+    assert again.limits == checks
+    assert again == s == structure()
+    assert [c.holds for c in checks] == [True, True]
+    assert not LimitCheck("latency_ms", 2.5, 2.4, 4.0, measured=2.6, spread=0.1).holds
+    rows = [line.split() for line in str(s).splitlines()[-3:]]
+    assert rows == [
+        ["limit", "asked", "predicted", "measured", "whole", "network"],
+        ["MACs", "600", "500", "-", "900"],
+        ["latency,", "ms", "2.5", "2.4", "2.45", "±", "0.1", "4"],
+    ]
+
+
+def test_text_of_the_first_version_still_loads():
+    text = json.loads(structure().to_json())
+    del text["limits"]
+    assert Structure.from_json(json.dumps({**text, "version": 1})) == structure()
 
 
 def test_structure_prints_as_a_table():

@@ -163,6 +163,7 @@ class _Parts:
 def _prepare(arguments: argparse.Namespace) -> _Job:
     """Finds structure, network and images; reads the images last, since that may take long."""
     target: Path = arguments.target
+    budget = chosen_budget(arguments)
     folder = target if target.is_dir() else target.parent
     has_record = (folder / run_folder.RECORD).exists()
     if target.is_dir() and not has_record:
@@ -186,7 +187,6 @@ def _prepare(arguments: argparse.Namespace) -> _Job:
         if own_model
         else _with_changes(record.model, arguments)
     )
-    budget = chosen_budget(arguments)
     if budget is not None:
         if not target.is_dir():
             raise UsageError("--budget needs the folder of a search, which has the gates")
