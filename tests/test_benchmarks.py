@@ -19,7 +19,7 @@ from benchmarks.machine import Machine
 from benchmarks.roofline import Ceilings, Work, step_floor
 from benchmarks.settings import PROFILES, Settings
 from benchmarks.steps import gate_places
-from benchmarks.suites import agreement, search, step
+from benchmarks.suites import agreement, memory, ops, search, step
 from benchmarks.timing import Clock, Effort, Spread, time_variants
 from pfs_fast._library import is_loaded
 from pfs_fast.plan import prepare
@@ -266,6 +266,36 @@ def test_step_suite_writes_a_row_for_every_variant(tmp_path, monkeypatch, capsys
     assert rows["cudnn"]["note"].startswith("not run: ")
     assert rows["compiled"]["ms"] == ""
     assert "| resnet20 | 2 | ours |" in (tmp_path / "tables_cpu.md").read_text()
+
+
+@needs_operators
+def test_memory_suite_compares_with_the_naive_step(settings):
+    (case,) = memory.run(settings)
+    found = {row["variant"]: row for row in case.rows}
+    assert set(found) == {"naive", "folded", "ours"}
+    assert found["naive"]["peak_share"] == found["naive"]["saved_share"] == 1.0
+    # Two of three saved tensors go, the third stays.
+    assert 0.3 < found["ours"]["saved_share"] < 0.45
+    assert found["ours"]["saved_share"] < found["folded"]["saved_share"] < 1.0
+    (line,) = case.lines[memory.TITLE]
+    assert line["peak <= 0.4"] == ("yes" if found["ours"]["peak_share"] <= 0.4 else "no")
+
+
+@needs_operators
+def test_operators_are_measured_by_phase(settings, monkeypatch):
+    monkeypatch.setattr(ops, "CPU_MAPS", ((2, 4, 6, 6), (2, 3, 4, 4)))
+    monkeypatch.setattr(ops, "CPU_CONVS", (((2, 4, 6, 6), 5, 3),))
+    cases = list(ops.run(settings))
+    rows = [row for case in cases for row in case.rows if row["variant"] == "ours"]
+    assert {row["phase"] for row in rows} == {"forward", "backward", "total"}
+    first = {row["phase"]: row for row in rows[:3]}
+    # 3 passes forward and 5 backward over 2x4x6x6 float32 values at 10 GB/s.
+    assert first["forward"]["floor_ms"] == pytest.approx(3 * 4 * 288 / 10e6)
+    assert first["backward"]["floor_ms"] == pytest.approx(5 * 4 * 288 / 10e6)
+    assert first["total"]["saved_bytes"] == 4 * 288
+    (line,) = cases[0].lines["`bn_gate_act`"]
+    assert line["saved MiB naive, folded, ours"].count(",") == 2
+    assert {row["op"] for row in rows} == {"bn_gate_act", "frozen_conv"}
 
 
 @needs_operators
