@@ -266,6 +266,12 @@ at::Tensor winograd_conv_backward(const at::Tensor& grad_y, const at::Tensor& we
   constexpr const char* op = "_winograd_conv_backward";
   check_image(op, "grad_y", grad_y);
   check_weight(op, weight, "grad_y", grad_y, 0, padding);
+  for (int64_t d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(grad_y.size(d + 2) + 2 >= 2 * padding[d], op,
+                      ": grad_y must be as large as the output for this padding, ", padding,
+                      ", got shape ", grad_y.sizes(),
+                      "; pass the gradient of winograd_conv's output");
+  }
   return convolve(kernels_for(op, tile), grad_y, weight, nullptr, 2 - padding[0], 2 - padding[1],
                   /*reversed=*/true);
 }
