@@ -29,8 +29,9 @@ constexpr int64_t kWholeWeightBytes = int64_t{4} << 20;
 constexpr int64_t kBlockBytes = 440 << 10;
 // ... but not so few tiles that reading the weights again for each block takes longer than that.
 constexpr int64_t kMinTiles = 12;
-// Transformed input of all tiles that are worked on at once, where weights come by chunks.
-constexpr int64_t kInputBytes = int64_t{24} << 20;
+// Transformed input of all tiles that are worked on at once, where weights come by chunks; and of
+// their products, for each thread.
+constexpr int64_t kTilesBytes = int64_t{24} << 20;
 constexpr int64_t kChunkChannels = 64;
 // Rows of all frequencies at multiples of a power of two would share few sets of a cache.
 constexpr int64_t kSkew = 16;
@@ -104,9 +105,10 @@ void run_by_tiles(const Pass& pass) {
     }
   });
   const int64_t tile_bytes = pass.frequencies() * (row + width) * 4;
-  // By sixes, the rows of the largest block of registers.
-  const int64_t size = std::max(kBlockBytes / tile_bytes / 6 * 6, kMinTiles);
   const int64_t tiles = s.num_tiles();
+  // By sixes, the rows of the largest block of registers; every thread gets a block, if it can.
+  const int64_t share = round_up(at::divup(tiles, at::get_num_threads()), 6);
+  const int64_t size = std::min(std::max(kBlockBytes / tile_bytes / 6 * 6, kMinTiles), share);
   const int64_t blocks = at::divup(tiles, size);
   at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     const Buffer buffer(pass.spectrum_floats(size, row) + pass.spectrum_floats(size, width));
@@ -131,10 +133,12 @@ void run_by_channels(const Pass& pass) {
   const WinogradShape& s = pass.shape;
   const int64_t row = pass.padded(s.in_channels), width = pass.padded(s.out_channels);
   const int64_t tiles = s.num_tiles();
-  const int64_t most = std::max<int64_t>(kInputBytes / (pass.frequencies() * row * 4), 6);
-  const int64_t rounds = at::divup(tiles, most);
+  const int64_t panel = 2 * pass.kernels.lanes;
+  int64_t chunk = round_up(kChunkChannels, panel);
+  while (chunk > panel && at::divup(width, chunk) < at::get_num_threads()) chunk /= 2;
+  const int64_t tile_bytes = pass.frequencies() * std::max(row, chunk) * 4;
+  const int64_t rounds = at::divup(tiles, std::max<int64_t>(kTilesBytes / tile_bytes, 6));
   const int64_t size = round_up(at::divup(tiles, rounds), 6);
-  const int64_t chunk = round_up(kChunkChannels, 2 * pass.kernels.lanes);
   const Buffer buffer(pass.spectrum_floats(size, row));
   const Spectrum input = pass.spectrum(buffer.get(), size, row);
   for (int64_t begin = 0; begin < tiles; begin += size) {
