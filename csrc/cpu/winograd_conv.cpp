@@ -1,8 +1,9 @@
 // 3x3 convolutions of stride 1 by Winograd's minimal filtering: checks, blocking, threads. The
 // arithmetic is in winograd_kernel_impl.h.
 //
-// Weights are transformed in every call: that is 1 to 3 % of it, and the transformed ones, up to 4
-// times as large as the weights, then need no memory between calls and never go stale.
+// Weights are transformed in every call: for most layers that is less than 3 % of it, and the
+// transformed ones, up to 4 times as large as the weights, need no memory between calls and never go
+// stale.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
