@@ -14,12 +14,13 @@ import torch
 from benchmarks.machine import Machine
 from benchmarks.roofline import Ceilings
 from benchmarks.settings import NETWORKS, PROFILES, Settings, precision_name
-from benchmarks.suites import agreement, memory, ops, search, step
+from benchmarks.suites import agreement, convs, memory, ops, search, step
 from benchmarks.tables import Case, append_csv, markdown_table
 from pfs_fast.config import compute_dtype
 
 SUITES: dict[str, ModuleType] = {
     "ops": ops,
+    "convs": convs,
     "step": step,
     "search": search,
     "agreement": agreement,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-MIN_CHANNELS = 16  # of input and of output; below, the transforms take longer than the products saved
-MIN_TILES = 16  # of a whole batch; below, transforming the weights does
+MIN_CHANNELS = 8  # of input and of output; below, the transforms take as long as the products saved
+MIN_TILES = 4  # of a whole batch; below, transforming the weights takes as long
 DIRECT = 0
 
 

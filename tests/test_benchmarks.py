@@ -224,7 +224,7 @@ def test_command_line_parses():
     assert chosen.suite == ["step", "memory"]
     assert chosen.data == ["cifar10", "x.npz"]
     assert chosen.profile == "quick"
-    assert set(command.SUITES) == {"ops", "step", "search", "agreement", "memory"}
+    assert set(command.SUITES) == {"ops", "convs", "step", "search", "agreement", "memory"}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 // 3x3 convolutions of stride 1 by Winograd's minimal filtering: checks, blocking, threads. The
 // arithmetic is in winograd_kernel_impl.h.
 //
-// Weights are transformed in every call: that is 1 to 3 % of it, and the transformed ones, up to 4
-// times as large as the weights, then need no memory between calls and never go stale.
+// Weights are transformed in every call: for most layers that is less than 3 % of it, and the
+// transformed ones, up to 4 times as large as the weights, need no memory between calls and never go
+// stale.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
@@ -29,8 +30,9 @@ constexpr int64_t kWholeWeightBytes = int64_t{4} << 20;
 constexpr int64_t kBlockBytes = 440 << 10;
 // ... but not so few tiles that reading the weights again for each block takes longer than that.
 constexpr int64_t kMinTiles = 12;
-// Transformed input of all tiles that are worked on at once, where weights come by chunks.
-constexpr int64_t kInputBytes = int64_t{24} << 20;
+// Transformed input of all tiles that are worked on at once, where weights come by chunks; and of
+// their products, for each thread.
+constexpr int64_t kTilesBytes = int64_t{24} << 20;
 constexpr int64_t kChunkChannels = 64;
 // Rows of all frequencies at multiples of a power of two would share few sets of a cache.
 constexpr int64_t kSkew = 16;
@@ -104,9 +106,10 @@ void run_by_tiles(const Pass& pass) {
     }
   });
   const int64_t tile_bytes = pass.frequencies() * (row + width) * 4;
-  // By sixes, the rows of the largest block of registers.
-  const int64_t size = std::max(kBlockBytes / tile_bytes / 6 * 6, kMinTiles);
   const int64_t tiles = s.num_tiles();
+  // By sixes, the rows of the largest block of registers; every thread gets a block, if it can.
+  const int64_t share = round_up(at::divup(tiles, at::get_num_threads()), 6);
+  const int64_t size = std::min(std::max(kBlockBytes / tile_bytes / 6 * 6, kMinTiles), share);
   const int64_t blocks = at::divup(tiles, size);
   at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     const Buffer buffer(pass.spectrum_floats(size, row) + pass.spectrum_floats(size, width));
@@ -131,10 +134,12 @@ void run_by_channels(const Pass& pass) {
   const WinogradShape& s = pass.shape;
   const int64_t row = pass.padded(s.in_channels), width = pass.padded(s.out_channels);
   const int64_t tiles = s.num_tiles();
-  const int64_t most = std::max<int64_t>(kInputBytes / (pass.frequencies() * row * 4), 6);
-  const int64_t rounds = at::divup(tiles, most);
+  const int64_t panel = 2 * pass.kernels.lanes;
+  int64_t chunk = round_up(kChunkChannels, panel);
+  while (chunk > panel && at::divup(width, chunk) < at::get_num_threads()) chunk /= 2;
+  const int64_t tile_bytes = pass.frequencies() * std::max(row, chunk) * 4;
+  const int64_t rounds = at::divup(tiles, std::max<int64_t>(kTilesBytes / tile_bytes, 6));
   const int64_t size = round_up(at::divup(tiles, rounds), 6);
-  const int64_t chunk = round_up(kChunkChannels, 2 * pass.kernels.lanes);
   const Buffer buffer(pass.spectrum_floats(size, row));
   const Spectrum input = pass.spectrum(buffer.get(), size, row);
   for (int64_t begin = 0; begin < tiles; begin += size) {
@@ -266,6 +271,12 @@ at::Tensor winograd_conv_backward(const at::Tensor& grad_y, const at::Tensor& we
   constexpr const char* op = "_winograd_conv_backward";
   check_image(op, "grad_y", grad_y);
   check_weight(op, weight, "grad_y", grad_y, 0, padding);
+  for (int64_t d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(grad_y.size(d + 2) + 2 >= 2 * padding[d], op,
+                      ": grad_y must be as large as the output for this padding, ", padding,
+                      ", got shape ", grad_y.sizes(),
+                      "; pass the gradient of winograd_conv's output");
+  }
   return convolve(kernels_for(op, tile), grad_y, weight, nullptr, 2 - padding[0], 2 - padding[1],
                   /*reversed=*/true);
 }

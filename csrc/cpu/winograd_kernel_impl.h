@@ -11,14 +11,31 @@ namespace {
 
 constexpr int64_t kPanel = 2 * kLanes;
 
+// The first `count` lanes, fewer than all; the others are 0, and their memory is not touched.
 PFS_INLINE Floats load_some(const float* p, int64_t count) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(count));
+  return (Floats)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(all, lanes));
+#else
   Floats v = {};
   for (int64_t i = 0; i < count; ++i) v[i] = p[i];
   return v;
+#endif
 }
 
 PFS_INLINE void store_some(float* p, Floats v, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(count));
+  _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(all, lanes), (__m256)v);
+#else
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
 }
 
 struct TilePlace {
@@ -209,9 +226,12 @@ void transform_input(const WinogradShape& s, const float* x, int64_t first, int6
       for (int64_t c = 0; c < whole; c += kLanes)
         transform_window<kOutputs, true, false>(window, c, kLanes, out + c, frequency);
     }
-    if (whole < channels) {
-      transform_window<kOutputs, false, false>(window, whole, channels - whole, out + whole,
-                                               frequency);
+    if (whole == 0) {
+      transform_window<kOutputs, false, false>(window, 0, channels, out, frequency);
+    } else if (whole < channels) {
+      // The last vector again, less its first lanes: faster than part of one.
+      const int64_t c = channels - kLanes;
+      transform_window<kOutputs, true, false>(window, c, kLanes, out + c, frequency);
     }
     out += row;
   }
@@ -305,7 +325,10 @@ void transform_output(const WinogradShape& s, const Spectrum& product, int64_t f
     float* out = y + (place.image * s.out_height + place.y) * y_row + place.x * y_column + channel;
     const int64_t rows = s.out_height - place.y, columns = s.out_width - place.x;
     const bool inside = rows >= kOutputs && columns >= kOutputs;
-    for (int64_t n = 0; n < present; n += kLanes) {
+    for (int64_t next = 0; next < present; next += kLanes) {
+      // As for the input: the last vector begins so early that it is whole.
+      const int64_t n =
+          present >= kLanes && present - next < kLanes ? present - kLanes : next;
       const int64_t count = present - n;
       Floats shift = {};
       if (bias != nullptr) {

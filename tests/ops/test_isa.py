@@ -38,6 +38,13 @@ for act in ACTS:
         torch.manual_seed(2)
         problem = make(Case((3, 21, 5, 7), layout), torch.float32, "cpu", True)
         results.append(run(ops.bn_gate_act, problem, act=act))
+for c_in, c_out, size in ((3, 5, 7), (17, 20, 9), (40, 33, 4), (300, 352, 3)):
+    for tile in (2, 4):
+        torch.manual_seed(3)
+        x, weight = torch.randn(3, c_in, size, size), torch.randn(c_out, c_in, 3, 3)
+        y = ops.winograd_conv(x, weight, torch.randn(c_out), tile=tile)
+        grad = torch.ops.pfs_fast._winograd_conv_backward(torch.randn_like(y), weight, [1, 1], tile)
+        results.append({"y": y, "grad_x": grad})
 torch.save(results, sys.argv[3])
 """
 
@@ -117,13 +124,14 @@ def symbols(path: Path) -> tuple[set[str], set[str]]:
     return weak, {row[-1] for row in rows}
 
 
+@pytest.mark.parametrize("kernel", ["bn_gate_act_kernel", "winograd_kernel"])
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
-def test_object_file_shares_no_symbol_with_other_files(isa):
+def test_object_file_shares_no_symbol_with_other_files(isa, kernel):
     """Of two equal inline functions the linker keeps one: if that is the AVX512 one, others crash."""
     if shutil.which("nm") is None:
         pytest.skip("needs nm of binutils")
     objects = object_files()
-    own = objects.pop(f"bn_gate_act_kernel_{isa}", None)
+    own = objects.pop(f"{kernel}_{isa}", None)
     if own is None:
         pytest.skip("needs the object files of an in-place build (build/temp*)")
     weak, external = symbols(own)
