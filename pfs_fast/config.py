@@ -26,6 +26,11 @@ class SearchConfig:
     Attributes:
         epochs: Passes over the loader.
         max_steps: Stop after this many steps, also within an epoch; None: no such limit.
+        patience: Stop, also within an epoch, once the answer has not changed for this many steps: neither the structure for
+            the budget nor the order of all gates by more than ``tolerance``. None: go on to the end. A gate can cross [0, 1] in
+            1 / ``lr`` steps; fewer than that say little.
+        tolerance: Change that counts as none, in [0, 1]: share of channels that only one structure keeps; 1 - rank correlation
+            of the gates (``pfs_fast.stability.Change``).
         lr: Adam's learning rate, constant; no decay of any kind.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
@@ -49,6 +54,8 @@ class SearchConfig:
 
     epochs: int = 10
     max_steps: int | None = None
+    patience: int | None = None
+    tolerance: float = 0.01
     lr: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -65,8 +72,11 @@ class SearchConfig:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("max_steps", 1), ("log_every", 1), ("seed", 0)):
-            _integer(name, getattr(self, name), low, optional=name == "max_steps")
+        for name, low in (("epochs", 1), ("log_every", 1), ("seed", 0)):
+            _integer(name, getattr(self, name), low)
+        for name in ("max_steps", "patience"):
+            _integer(name, getattr(self, name), 1, optional=True)
+        _number("tolerance", self.tolerance, least=0, most=1)
         _number("lr", self.lr, above=0)
         _number("eps", self.eps, above=0)
         _number("gamma", self.gamma, least=0)

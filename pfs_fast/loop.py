@@ -17,6 +17,7 @@ from .errors import LoaderError, NonFiniteLossError, PfsError
 from .gated import GatedNetwork
 from .gates import GateBank, GateState
 from .objective import cross_entropy
+from .stability import StabilityWatch
 
 FP16_LOSS_SCALE = (
     1024.0  # lifts activation gradients of a mean cross-entropy above float16's smallest numbers
@@ -31,6 +32,7 @@ class LoopState:
         gates: Gates and their optimiser state.
         epoch: Epochs finished.
         steps: Steps taken (the host's copy of ``gates.step``).
+        ended: How the search ended: ``"steps"`` or ``"stable"``; None while it goes on.
         history: Entries so far.
         best_accuracy: Validation accuracy of ``best``; -1 before there is one.
         best: ``(values, died_at)`` of all gates in the best admissible epoch.
@@ -40,6 +42,7 @@ class LoopState:
     gates: GateState
     epoch: int = 0
     steps: int = 0
+    ended: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     best_accuracy: float = -1.0
     best: tuple[Tensor, Tensor] | None = None
@@ -56,6 +59,7 @@ class SearchLoop:
         ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
         dtype: Of images.
         compaction: Of this network; used where ``config.compact``.
+        watch: Says when to stop early; None: never.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class SearchLoop:
         ops: ModuleType,
         dtype: torch.dtype,
         compaction: Compaction,
+        watch: StabilityWatch | None = None,
     ) -> None:
         self.network, self.bank, self.config, self._ops, self._dtype = (
             network,
@@ -75,6 +80,7 @@ class SearchLoop:
             dtype,
         )
         self.compaction = compaction
+        self.watch = watch
         self.num_gates = compaction.num_gates
         self.state = LoopState(bank.state)
         self.device = bank.state.values.device
@@ -137,6 +143,14 @@ class SearchLoop:
         self.compaction.leave_out(keep)
         return True
 
+    def check_stable(self) -> bool:
+        """At the steps where the watch looks: whether the answer has stopped changing. Reads the gates."""
+        if self.watch is None or not self.watch.due(self.state.steps):
+            return False
+        if self.watch.look(self.state.steps, *self.gates()):
+            self.state.ended = "stable"
+        return self.state.ended is not None
+
     def _logits(self, images: Tensor) -> Tensor:
         try:
             outputs = self.network(self._place(images))
@@ -195,6 +209,8 @@ class SearchLoop:
             "channels": len(self.compaction.present),
             "seconds": round(self.seconds, 3),
         }
+        if self.watch is not None:
+            entry |= self._changes()
         if not bool(torch.isfinite(self.state.gates.values).all()):
             raise NonFiniteLossError(
                 f"search: gates must be finite, got NaN by step {self.state.steps} though the loss was finite: its gradient is "
@@ -205,14 +221,30 @@ class SearchLoop:
         history.append(entry)
         return entry
 
+    def finish(self) -> None:
+        """Note in the last entry how the search ended; called at its end, once or again after a resume."""
+        self.state.ended = self.state.ended or "steps"
+        if self.watch is not None and self.state.history:
+            self.state.history[-1]["ended"] = self.state.ended
+
+    def _changes(self) -> dict[str, float | None]:
+        last = self.watch.last
+        return {
+            "structure_change": None if last is None else last.structure,
+            "order_change": None if last is None else last.order,
+        }
+
     def metrics(self) -> dict[str, Any]:
         """For a progress line: read only when it is drawn."""
-        return {
+        metrics = {
             "loss": self._window.last_loss,
             "acc": self._window.last_accuracy,
             "gate": self._mean_gate,
             "alive": self._alive,
         }
+        if self.watch is not None and self.watch.last is not None:
+            metrics["change"] = max(self.watch.last)
+        return metrics
 
     def _mean_gate(self) -> float:
         return float(self.state.gates.values.sum()) / self.num_gates

@@ -135,12 +135,14 @@ def _run(
     total = _total_steps(loader, config)
     look_every = COMPACT_EVERY[loop.device.type]
     with Progress(total, "search", progress, initial=state.steps) as bar:
-        while state.epoch < config.epochs and state.steps < limit:
+        while state.epoch < config.epochs and state.steps < limit and state.ended is None:
             for images, labels in itertools.islice(
                 batches, None if limit == float("inf") else limit - state.steps
             ):
                 loop.step(images, labels)
                 bar.update(**loop.metrics())
+                if loop.check_stable():
+                    break
                 if state.steps % config.log_every == 0:
                     loop.entry()
                 if state.steps % look_every == 0:
@@ -150,9 +152,12 @@ def _run(
                 entry["val_accuracy"] = loop.evaluate(val_loader)
                 loop.keep_if_best(entry["val_accuracy"])
             state.epoch += 1
+            over = state.epoch >= config.epochs or state.steps >= limit or state.ended is not None
+            if over:
+                loop.finish()
             if saved is not None:
                 saved.save()
-            if state.epoch < config.epochs:
+            if not over:
                 _set_epoch(loader, state.epoch)
                 batches = checked_batches(loader, "search", epoch=state.epoch)
 
