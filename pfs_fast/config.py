@@ -47,6 +47,9 @@ class SearchConfig:
         select: ``"last"``: gates after the last step. ``"best"``: those of the epoch with the best validation accuracy
             among epochs with a share of non-zero gates of ``target`` at most, else the last (the official code's rule);
             needs ``val_loader``.
+        cuda_graph: Capture the whole step in a CUDA graph and replay it; with a ``DeviceLoader`` several steps at once, the
+            making of batches included. A step that cannot be captured is reported and taken without. No effect on the CPU. Not
+            run on a GPU yet.
         channels_last: Lay out images and weights channels_last.
         seed: Of everything random inside the search (dropout, a shuffling DataLoader).
         log_every: Steps between two entries of the history.
@@ -67,6 +70,7 @@ class SearchConfig:
     backend: str = "auto"
     compact: bool = True
     select: str = "last"
+    cuda_graph: bool = True
     channels_last: bool = True
     seed: int = 0
     log_every: int = 50
@@ -90,7 +94,7 @@ class SearchConfig:
         for beta in self.betas:
             _number("betas", beta, least=0, below=1)
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list back
-        for name in ("compact", "channels_last"):
+        for name in ("compact", "cuda_graph", "channels_last"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"SearchConfig: {name} must be True or False, got {getattr(self, name)!r}"

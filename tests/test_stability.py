@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from test_checkpoint import Interrupted, Interrupting, assert_equal, device_load
 
 import pfs_fast as pfs
 from pfs_fast.analysis import channel_graph
+from pfs_fast.cli import search as cli_search
+from pfs_fast.cli.options import data_spec
 from pfs_fast.compare import structure_distance
 from pfs_fast.cost import CostModel
 from pfs_fast.errors import ConfigError, StructureError
@@ -150,10 +154,10 @@ def test_search_stops_when_stable_and_says_so():
 
 
 def test_search_that_never_settles_ends_by_its_steps():
-    result = run(**{**SETTLED, "tolerance": 0.0, "epochs": 20, "lr": 0.05})
-    assert (result.ended, result.steps) == ("steps", 60)
+    result = run(epochs=14, patience=30, tolerance=0.0)
+    assert (result.ended, result.steps) == ("steps", 42)
     assert result.history[-1]["order_change"] > 0
-    assert "ended after 60 steps, not yet stable: over the last 30 steps" in result.report()
+    assert "ended after 42 steps, not yet stable: over the last 30 steps" in result.report()
 
 
 def test_search_shorter_than_its_patience_says_so():
@@ -246,3 +250,18 @@ def test_structure_distance_of_results_takes_a_budget():
 def test_structure_distance_refuses_structures_of_different_networks():
     with pytest.raises(StructureError, match=r"of the same groups, got others in \['y'\]"):
         structure_distance(structure({"x": (0,)}), structure({"x": (0,), "y": (1,)}))
+
+
+# -- command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], (None, 0.01)), (["--patience", "200", "--tolerance", "0.05"], (200, 0.05))],
+)
+def test_command_line_takes_patience_and_tolerance(words, expected):
+    parser = argparse.ArgumentParser()
+    cli_search.add_arguments(parser)
+    arguments = parser.parse_args(words)
+    config = cli_search._config(arguments, data_spec(arguments))
+    assert (config.patience, config.tolerance) == expected
