@@ -38,9 +38,16 @@ def checked_batches(
         LoaderError: A batch of another form, or no batch at all (in a later epoch: the loader was used up).
     """
     empty = True
-    for batch in loader:
-        empty = False
-        yield _checked(batch, caller, name)
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            empty = False
+            yield _checked(batch, caller, name)
+    finally:
+        # A pass that is broken off leaves nothing open; what the caller made himself is his.
+        close = getattr(iterator, "close", None)
+        if iterator is not loader and callable(close):
+            close()
     if not empty:
         return
     if epoch:

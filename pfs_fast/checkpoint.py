@@ -15,8 +15,9 @@ from .errors import FileFormatError, FileWriteError
 from .files import read_safetensors, write_safetensors
 from .groups import ChannelGroups
 from .loop import SearchLoop
+from .stability import Change
 
-FORMAT, VERSION = "pfs_fast.checkpoint", 1
+FORMAT, VERSION = "pfs_fast.checkpoint", 2
 
 
 class Checkpoint:
@@ -44,6 +45,10 @@ class Checkpoint:
         tensors["random"] = torch.random.get_rng_state()
         if self._loop.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self._loop.device)
+        change = None
+        if self._loop.watch is not None:
+            looks, change = self._loop.watch.state()
+            tensors |= {f"watch.{name}": t for name, t in looks.items()}
         if state.best is not None:
             tensors["best.values"], tensors["best.died_at"] = state.best
         metadata = {
@@ -52,6 +57,8 @@ class Checkpoint:
             "fingerprint": self._fingerprint,
             "epoch": state.epoch,
             "steps": state.steps,
+            "ended": state.ended,
+            "change": change,
             "history": state.history,
             "best_accuracy": state.best_accuracy,
             "seconds": self._loop.seconds,
@@ -84,11 +91,19 @@ class Checkpoint:
         torch.random.set_rng_state(tensors["random"])
         if self._loop.device.type == "cuda" and "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self._loop.device)
+        if self._loop.watch is not None:
+            looks = {
+                name.removeprefix("watch."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("watch.")
+            }
+            self._loop.watch.restore(looks, meta["change"] and Change(*meta["change"]))
         if "best.values" in tensors:
             device = self._loop.device
             state.best = (tensors["best.values"].to(device), tensors["best.died_at"].to(device))
         state.epoch, state.steps, state.history = meta["epoch"], meta["steps"], meta["history"]
         state.best_accuracy, state.seconds = meta["best_accuracy"], meta["seconds"]
+        state.ended = meta["ended"]
         return True
 
 

@@ -50,16 +50,20 @@ class Compaction:
         self._absorbing, self._multiple_of = absorbing, multiple_of
         self._cost = CostModel(groups).base[0]
         self.num_gates = groups.num_units
+        self.recapture_steps = 0.0  # what narrowing costs beyond the above, in steps
+        self._placed: tuple[Tensor, Tensor] | None = None
         self.present = np.arange(
             groups.num_units
         )  # positions of the remaining gates in the full vector
         self._left_died_at = torch.full((groups.num_units,), -1, dtype=torch.int32)
 
-    def candidates(self) -> tuple[np.ndarray, float]:
-        """Units to keep now, and the share of the present MACs that leaving out the others saves. Reads the gates."""
-        alive = (
-            (self._bank.state.values != 0).cpu().numpy()
-        )  # NaN counts as alive: the loop reports it
+    def candidates(self, alive: Tensor | None = None) -> tuple[np.ndarray, float]:
+        """Units to keep, and the share of the present MACs that leaving out the others saves.
+
+        Args:
+            alive: Whether each present gate is above 0, as last read. [gates present], bool. None: read them now.
+        """
+        alive = (self._bank.state.values != 0 if alive is None else alive).cpu().numpy()
         keep = np.ones(self._groups.num_units, dtype=bool)
         for group in self._groups.groups:
             if group.name not in self._absorbing:
@@ -76,7 +80,7 @@ class Compaction:
 
     def worthwhile(self, saving: float, steps_left: int) -> bool:
         """Whether the rest of the search gets shorter by more than narrowing takes."""
-        return saving >= MIN_SAVING and saving * steps_left > MIN_STEPS_SAVED
+        return saving >= MIN_SAVING and saving * steps_left > MIN_STEPS_SAVED + self.recapture_steps
 
     @torch.no_grad()
     def leave_out(self, keep: np.ndarray) -> None:
@@ -97,14 +101,17 @@ class Compaction:
         self._groups, self._sites = self._groups.shrink(keep), sites
         self._cost = CostModel(self._groups).base[0]
         self.present = self.present[keep]
+        self._placed = None
         self._bank.rebuild(self._groups, sites)
 
     def whole(self, values: Tensor, died_at: Tensor) -> tuple[Tensor, Tensor]:
         """Gates and times of death of the whole network: those that were left out come back as zeros. Copies."""
-        index = torch.from_numpy(self.present).to(values.device)
+        if self._placed is None:  # copied once: a copy to a device may wait for it
+            index = torch.from_numpy(self.present).to(values.device)
+            self._placed = index, self._left_died_at.to(values.device)
+        index, left_died_at = self._placed
         all_values = values.new_zeros(self.num_gates).index_copy_(0, index, values)
-        all_died = self._left_died_at.to(died_at.device).index_copy(0, index, died_at)
-        return all_values, all_died
+        return all_values, left_died_at.index_copy(0, index, died_at)
 
     def state(self) -> tuple[Tensor, Tensor]:
         """For a checkpoint: positions of the present gates, and times of death of those left out."""
@@ -115,6 +122,7 @@ class Compaction:
         if len(present) < len(self.present):
             self.leave_out(np.isin(self.present, present.numpy()))
         self._left_died_at.copy_(left_died_at)
+        self._placed = None
 
 
 def _kept(units: np.ndarray, keep: np.ndarray) -> tuple[int, ...] | None:

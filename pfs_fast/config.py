@@ -26,6 +26,11 @@ class SearchConfig:
     Attributes:
         epochs: Passes over the loader.
         max_steps: Stop after this many steps, also within an epoch; None: no such limit.
+        patience: Stop, also within an epoch, once the answer has not changed for this many steps: neither the structure for
+            the budget nor the order of all gates by more than ``tolerance``. None: go on to the end. A gate can cross [0, 1] in
+            1 / ``lr`` steps; fewer than that say little.
+        tolerance: Change that counts as none, in [0, 1]: share of channels that only one structure keeps; 1 - rank correlation
+            of the gates (``pfs_fast.stability.Change``).
         lr: Adam's learning rate, constant; no decay of any kind.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
@@ -42,6 +47,9 @@ class SearchConfig:
         select: ``"last"``: gates after the last step. ``"best"``: those of the epoch with the best validation accuracy
             among epochs with a share of non-zero gates of ``target`` at most, else the last (the official code's rule);
             needs ``val_loader``.
+        cuda_graph: Capture the whole step in a CUDA graph and replay it; with a ``DeviceLoader`` several steps at once, the
+            making of batches included. A step that cannot be captured is reported and taken without. No effect on the CPU. Not
+            run on a GPU yet.
         channels_last: Lay out images and weights channels_last.
         winograd: Run 3x3 convolutions by Winograd's minimal filtering where that is faster: float32 on the CPU, channels_last,
             fused backend; without effect elsewhere. Same sums, rounded otherwise: relative error of a layer up to 3e-6
@@ -52,6 +60,8 @@ class SearchConfig:
 
     epochs: int = 10
     max_steps: int | None = None
+    patience: int | None = None
+    tolerance: float = 0.01
     lr: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -63,14 +73,18 @@ class SearchConfig:
     backend: str = "auto"
     compact: bool = True
     select: str = "last"
+    cuda_graph: bool = True
     channels_last: bool = True
     winograd: bool = True
     seed: int = 0
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("max_steps", 1), ("log_every", 1), ("seed", 0)):
-            _integer(name, getattr(self, name), low, optional=name == "max_steps")
+        for name, low in (("epochs", 1), ("log_every", 1), ("seed", 0)):
+            _integer(name, getattr(self, name), low)
+        for name in ("max_steps", "patience"):
+            _integer(name, getattr(self, name), 1, optional=True)
+        _number("tolerance", self.tolerance, least=0, most=1)
         _number("lr", self.lr, above=0)
         _number("eps", self.eps, above=0)
         _number("gamma", self.gamma, least=0)
@@ -84,7 +98,7 @@ class SearchConfig:
         for beta in self.betas:
             _number("betas", beta, least=0, below=1)
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list back
-        for name in ("compact", "channels_last", "winograd"):
+        for name in ("compact", "cuda_graph", "channels_last", "winograd"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"SearchConfig: {name} must be True or False, got {getattr(self, name)!r}"

@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from . import rules
-from .groups import FIXED
 from .forward_record import ForwardRecord, storage_of, tensors_of
+from .groups import FIXED
 from .timing import Task
 
 # Shares of the whole width at which a layer is timed.

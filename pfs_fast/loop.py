@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +18,18 @@ from .errors import LoaderError, NonFiniteLossError, PfsError
 from .gated import GatedNetwork
 from .gates import GateBank, GateState
 from .objective import cross_entropy
+from .stability import StabilityWatch
+from .step_meter import DeviceMeter, HostMeter, Measured, PendingMeasure, Reading
 
 FP16_LOSS_SCALE = (
     1024.0  # lifts activation gradients of a mean cross-entropy above float16's smallest numbers
 )
+
+# Where reading a number waits for all work that was asked for before: there numbers are read late.
+DEFERRED = frozenset({"cuda"})
+
+# Entries on their way at the same time, so that the host is never more than this many windows ahead.
+MAX_PENDING = 2
 
 
 @dataclass
@@ -31,6 +40,7 @@ class LoopState:
         gates: Gates and their optimiser state.
         epoch: Epochs finished.
         steps: Steps taken (the host's copy of ``gates.step``).
+        ended: How the search ended: ``"steps"`` or ``"stable"``; None while it goes on.
         history: Entries so far.
         best_accuracy: Validation accuracy of ``best``; -1 before there is one.
         best: ``(values, died_at)`` of all gates in the best admissible epoch.
@@ -40,6 +50,7 @@ class LoopState:
     gates: GateState
     epoch: int = 0
     steps: int = 0
+    ended: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     best_accuracy: float = -1.0
     best: tuple[Tensor, Tensor] | None = None
@@ -56,6 +67,11 @@ class SearchLoop:
         ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
         dtype: Of images.
         compaction: Of this network; used where ``config.compact``.
+        watch: Says when to stop early; None: never.
+
+    Attributes:
+        num_classes: Width of the logits; 0 before the first step.
+        deferred: Whether numbers are read late, since reading waits for the device.
     """
 
     def __init__(
@@ -66,6 +82,7 @@ class SearchLoop:
         ops: ModuleType,
         dtype: torch.dtype,
         compaction: Compaction,
+        watch: StabilityWatch | None = None,
     ) -> None:
         self.network, self.bank, self.config, self._ops, self._dtype = (
             network,
@@ -75,13 +92,19 @@ class SearchLoop:
             dtype,
         )
         self.compaction = compaction
+        self.watch = watch
         self.num_gates = compaction.num_gates
         self.state = LoopState(bank.state)
         self.device = bank.state.values.device
+        self.deferred = self.device.type in DEFERRED
         self._scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
         self._good = self.gates()
         self._shape: torch.Size | None = None
-        self._window = _Window(self.device)
+        self.num_classes = 0
+        self._meter = DeviceMeter(self.device) if self.deferred else HostMeter()
+        self._pending: deque[_PendingEntry] = deque()
+        self._shown: dict[str, float] = {}
+        self._dead_at_look: Reading | None = None
         self._started = time.perf_counter()
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -91,19 +114,55 @@ class SearchLoop:
 
         Raises:
             LoaderError: Labels do not fit the network's classes.
-            NonFiniteLossError: On the CPU at once, on CUDA at the next ``entry`` (reading the loss would stall the device).
+            NonFiniteLossError: On the CPU at once, on CUDA when an ``entry`` has been read (waiting for each loss would stall
+                the device).
         """
         logits = self._logits(images)
-        labels, bad_label = self._check_labels(labels, logits)
+        labels, bad_label = self._check_labels(labels, logits.size(1))
+        self._learn(logits, labels, bad_label)
+        self.count_step(len(images))
+
+    def device_step(self, images: Tensor, labels: Tensor, *, trusted: bool) -> None:
+        """The device's part of ``step``, which a CUDA graph can hold: no host value changes, and none is read.
+
+        Args:
+            images: On the device.
+            labels: On the device.
+            trusted: Labels are known to be inside the classes.
+        """
+        outputs = self.network(self.place(images))
+        logits = split_outputs(outputs, len(images), "search")[0]
+        bad_label = None
+        if not trusted:
+            labels, bad_label = self._check_labels(labels, logits.size(1))
+        self._learn(logits, labels, bad_label)
+
+    def count_step(self, images: int) -> None:
+        """The host's part of a step over so many images."""
+        self._meter.count(images)
+        self.state.steps += 1
+
+    def check_host_labels(self, labels: Tensor) -> bool:
+        """Whether labels lie on the CPU, where they are checked; on a device they are checked there.
+
+        Raises:
+            LoaderError: Labels do not fit the network's classes.
+        """
+        if labels.device.type != "cpu":
+            return False
+        check_labels(labels, self.num_classes, "search")
+        return True
+
+    def _learn(self, logits: Tensor, labels: Tensor, bad_label: Tensor | None) -> None:
+        config, gates = self.config, self.state.gates
         loss = cross_entropy(logits, labels)
-        self._window.add(loss, logits, labels, bad_label, self.state.steps + 1)
-        if self.device.type == "cpu":
-            self._window.check(self)
+        self._meter.add(loss.detach(), _num_correct(logits, labels), gates.step, bad_label)
+        if not self.deferred:
+            self._check(self._meter.bad_step, self._meter.bad_loss, -1)
         self.bank.zero_grad()
         (loss * self._scale if self._scale != 1.0 else loss).backward()
         if self._scale != 1.0:
             self.bank.grad.div_(self._scale)
-        config, gates = self.config, self.state.gates
         self._ops.gate_step_(
             gates.values,
             self.bank.grad,
@@ -118,28 +177,58 @@ class SearchLoop:
             target=config.target,
             num_gates=self.num_gates,
         )
-        self.state.steps += 1
 
     def compact(self, steps_left: int | None) -> bool:
         """Leave dead channels out, if that shortens the rest of the search. Reads the gates, so not for every step.
+
+        Where reading waits for the device, the gates of the last look decide: what was dead then is dead now.
 
         Args:
             steps_left: Steps still to come; None where nobody knows.
         """
         if not self.config.compact:
             return False
-        keep, saving = self.compaction.candidates()
+        alive = self._alive_at_look()
+        if alive is None:
+            return False
+        keep, saving = self.compaction.candidates(alive)
         # Where nobody knows the end, as many steps as were taken may come.
         if not self.compaction.worthwhile(
             saving, self.state.steps if steps_left is None else steps_left
         ):
             return False
         self.compaction.leave_out(keep)
+        if self.deferred:
+            self._dead_at_look = self._read_dead()
         return True
+
+    def resume_look(self, every: int) -> None:
+        """After a restart: the gates as the last look found them, so that the next one decides as it would have."""
+        if self.deferred and self.state.steps >= every:
+            self._dead_at_look = self._read_dead(self.state.steps // every * every)
+
+    def _alive_at_look(self) -> Tensor | None:
+        if not self.deferred:
+            return self.state.gates.values != 0  # NaN counts as alive: the loop reports it
+        last, self._dead_at_look = self._dead_at_look, self._read_dead()
+        return None if last is None else ~last.get()
+
+    def _read_dead(self, step: int | None = None) -> Reading:
+        died_at = self.state.gates.died_at
+        dead = died_at >= 0
+        return Reading(dead if step is None else dead & (died_at <= step))
+
+    def check_stable(self) -> bool:
+        """At the steps where the watch looks: whether the answer has stopped changing. Reads the gates."""
+        if self.watch is None or not self.watch.due(self.state.steps):
+            return False
+        if self.watch.look(self.state.steps, *self.gates()):
+            self.state.ended = "stable"
+        return self.state.ended is not None
 
     def _logits(self, images: Tensor) -> Tensor:
         try:
-            outputs = self.network(self._place(images))
+            outputs = self.network(self.place(images))
         except (PfsError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError) as error:
@@ -152,15 +241,16 @@ class SearchLoop:
         self._shape = images.shape
         return split_outputs(outputs, len(images), "search")[0]
 
-    def _place(self, images: Tensor) -> Tensor:
+    def place(self, images: Tensor) -> Tensor:
+        """Images on the device, in the dtype and layout of the network; the same tensor where they are so already."""
         layout = torch.preserve_format
         if self.config.channels_last and images.dim() == 4:
             layout = torch.channels_last
         return images.to(self.device, self._dtype, non_blocking=True, memory_format=layout)
 
-    def _check_labels(self, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _check_labels(self, labels: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
         """Labels on the device and inside the classes; on CUDA a bad one is noted and replaced, not read."""
-        classes = logits.size(1)
+        self.num_classes = classes
         if labels.device.type == "cpu":
             check_labels(labels, classes, "search")
             return labels.to(self.device, non_blocking=True), None
@@ -171,48 +261,112 @@ class SearchLoop:
         # cross_entropy would abort the whole CUDA context on a label outside the classes.
         safe = labels.clamp(0, classes - 1)
         worst = torch.where(safe == labels, -1, labels.abs()).max()
-        self._window.num_classes = classes
         return safe, worst
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
+    def post_entry(self) -> None:
+        """Begin an entry: means since the last one and the gates. It is in the history once it has been read.
+
+        Raises:
+            NonFiniteLossError, LoaderError: Noted up to an entry that has arrived.
+        """
+        step = self.state.steps
+        newest = self._pending[-1].step if self._pending else self._last_step()
+        if newest != step:
+            measure = self._meter.take(self.state.gates.values)
+            extra = self._changes() if self.watch is not None else {}
+            channels = len(self.compaction.present)
+            self._pending.append(
+                _PendingEntry(step, self.state.epoch, channels, measure, self.gates(), extra)
+            )
+        while self._pending and (len(self._pending) > MAX_PENDING or self._pending[0].ready()):
+            self._settle(self._pending.popleft())
+
     def entry(self) -> dict[str, Any]:
-        """Means since the last entry, read from the device, and a snapshot of the gates as known to be good.
+        """The entry of this step, and all before it, in the history; waits for the device.
 
         Raises:
             NonFiniteLossError, LoaderError: Noted since the last entry.
         """
-        self._window.check(self)
-        history = self.state.history
-        if history and history[-1]["step"] == self.state.steps:
-            return history[-1]
+        self.post_entry()
+        while self._pending:
+            self._settle(self._pending.popleft())
+        return self.state.history[-1]
+
+    def _last_step(self) -> int:
+        return self.state.history[-1]["step"] if self.state.history else -1
+
+    def _settle(self, pending: _PendingEntry) -> None:
+        """Checks the numbers of an entry, adds it to the history, and takes its gates as known to be good."""
+        found: Measured = pending.measure.get()
+        self._check(found.bad_step, found.bad_loss, found.bad_label)
         entry = {
-            "step": self.state.steps,
-            "epoch": self.state.epoch,
-            **self._window.read(),
-            "mean_gate": self._mean_gate(),
-            "alive": self._alive(),
-            "channels": len(self.compaction.present),
+            "step": pending.step,
+            "epoch": pending.epoch,
+            "loss": found.loss / max(found.steps, 1),
+            "accuracy": found.correct / found.images if found.images else 0.0,
+            "mean_gate": found.gate_sum / self.num_gates,
+            "alive": found.alive / self.num_gates,
+            "channels": pending.channels,
             "seconds": round(self.seconds, 3),
+            **pending.extra,
         }
-        if not bool(torch.isfinite(self.state.gates.values).all()):
+        if not found.finite:
             raise NonFiniteLossError(
-                f"search: gates must be finite, got NaN by step {self.state.steps} though the loss was finite: its gradient is "
+                f"search: gates must be finite, got NaN by step {pending.step} though the loss was finite: its gradient is "
                 "not, as that of sqrt or a division at 0; change that operation, or use precision='fp32' (now "
                 f"{self.config.precision})"
             )
-        self._good = self.gates()
-        history.append(entry)
-        return entry
+        self._good = pending.gates
+        self._shown = {
+            "loss": found.last_loss,
+            "acc": entry["accuracy"],
+            "gate": entry["mean_gate"],
+            "alive": entry["alive"],
+        }
+        self.state.history.append(entry)
+
+    def _check(self, bad_step: int, bad_loss: float, bad_label: int) -> None:
+        if bad_label >= 0:
+            raise LoaderError(label_message("search", self.num_classes, bad_label))
+        if bad_step >= 0:
+            raise NonFiniteLossError(
+                f"search: loss must be finite, got {bad_loss} at step {bad_step}; check the images for NaN, normalise "
+                f"them, lower lr ({self.config.lr:g}), or use precision='fp32' (now {self.config.precision})"
+            )
+
+    def finish(self) -> None:
+        """Note in the last entry how the search ended; called at its end, once or again after a resume."""
+        self.state.ended = self.state.ended or "steps"
+        if self.watch is not None and self.state.history:
+            self.state.history[-1]["ended"] = self.state.ended
+
+    def _changes(self) -> dict[str, float | None]:
+        last = self.watch.last
+        return {
+            "structure_change": None if last is None else last.structure,
+            "order_change": None if last is None else last.order,
+        }
 
     def metrics(self) -> dict[str, Any]:
-        """For a progress line: read only when it is drawn."""
-        return {
-            "loss": self._window.last_loss,
-            "acc": self._window.last_accuracy,
-            "gate": self._mean_gate,
-            "alive": self._alive,
-        }
+        """For a progress line: of the latest step, read only when it is drawn; on CUDA of the latest entry that has arrived."""
+        metrics: dict[str, Any] = dict(self._shown)
+        if not self.deferred:
+            metrics = {
+                "loss": self._meter.last_loss,
+                "acc": self._accuracy,
+                "gate": self._mean_gate,
+                "alive": self._alive,
+            }
+        if self.watch is not None and self.watch.last is not None:
+            metrics["change"] = max(self.watch.last)
+        return metrics
+
+    def _accuracy(self) -> float:
+        if self._meter.images:
+            return self._meter.correct / self._meter.images
+        return self._shown.get("acc", 0.0)  # shown until the next step
 
     def _mean_gate(self) -> float:
         return float(self.state.gates.values.sum()) / self.num_gates
@@ -243,7 +397,7 @@ class SearchLoop:
         seen = 0
         for images, labels in checked_batches(loader, "search", name="val_loader"):
             logits = self._logits(images)
-            labels, _ = self._check_labels(labels, logits)
+            labels, _ = self._check_labels(labels, logits.size(1))
             correct += _num_correct(logits, labels)
             seen += len(images)
         self.network.train()
@@ -256,57 +410,18 @@ class SearchLoop:
             self.state.best = self.gates()
 
 
-class _Window:
-    """Sums since the last entry, kept on the device."""
+class _PendingEntry(NamedTuple):
+    """An entry of the history whose numbers are on their way."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.num_classes = 0
-        self.last_loss: Tensor | None = None
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._bad_loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._bad_label = torch.full((), -1, dtype=torch.int64, device=device)
-        self._reset()
+    step: int
+    epoch: int
+    channels: int
+    measure: PendingMeasure
+    gates: tuple[Tensor, Tensor]
+    extra: dict[str, Any]
 
-    def _reset(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._accuracy = 0.0  # shown until the next step
-        self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._images = self._steps = 0
-
-    @torch.no_grad()
-    def add(
-        self, loss: Tensor, logits: Tensor, labels: Tensor, bad_label: Tensor | None, step: int
-    ) -> None:
-        self.last_loss = loss.detach()
-        self._loss += self.last_loss
-        self._correct += _num_correct(logits, labels)
-        self._images += len(logits)
-        self._steps += 1
-        first_bad = ~torch.isfinite(self.last_loss) & (self._bad_step < 0)
-        self._bad_step.masked_fill_(first_bad, step)
-        self._bad_loss.copy_(torch.where(first_bad, self.last_loss.double(), self._bad_loss))
-        if bad_label is not None:
-            torch.maximum(self._bad_label, bad_label, out=self._bad_label)
-
-    def check(self, loop: SearchLoop) -> None:
-        if int(self._bad_label) >= 0:
-            raise LoaderError(label_message("search", self.num_classes, int(self._bad_label)))
-        step = int(self._bad_step)
-        if step >= 0:
-            raise NonFiniteLossError(
-                f"search: loss must be finite, got {float(self._bad_loss)} at step {step}; check the images for NaN, normalise "
-                f"them, lower lr ({loop.config.lr:g}), or use precision='fp32' (now {loop.config.precision})"
-            )
-
-    def last_accuracy(self) -> float:
-        return int(self._correct) / self._images if self._images else self._accuracy
-
-    def read(self) -> dict[str, float]:
-        means = {"loss": float(self._loss) / max(self._steps, 1), "accuracy": self.last_accuracy()}
-        self._reset()
-        self._accuracy = means["accuracy"]
-        return means
+    def ready(self) -> bool:
+        return self.measure.ready()
 
 
 def _num_correct(logits: Tensor, labels: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from .meters import Meters, even_gates
 from .ops import reference as reference_ops
 from .result import SearchResult
 from .scope import chosen_units, gate_sites, gated_groups
+from .stability import StabilityWatch
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,12 @@ def prepare(
     )
     absorbing = absorbing_groups(network, groups, chosen_units(graph, groups))
     compaction = Compaction(network, bank, groups, sites, absorbing, preferred_multiple(device))
-    loop = SearchLoop(network, bank, config, kernels, dtype, compaction)
+    watch = None
+    if config.patience is not None:
+        watch = StabilityWatch(
+            groups, limits, cost_model, config.patience, config.tolerance, meters.gauges(limits)
+        )
+    loop = SearchLoop(network, bank, config, kernels, dtype, compaction, watch)
     return Plan(model, groups, budget, share_base, config, loop, tuple(images.shape[1:]), meters)
 
 

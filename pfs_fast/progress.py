@@ -22,7 +22,7 @@ LINES_SHARE = 50
 RATE_SMOOTHING = 0.5
 """Weight of the newest interval in the step time: the step gets faster during a search, so the mean would lag."""
 
-PERCENT_METRICS = frozenset({"acc", "alive", "best", "val_acc", "top1"})
+PERCENT_METRICS = frozenset({"acc", "alive", "best", "change", "val_acc", "top1"})
 """Metrics in [0, 1] that are shown in percent."""
 
 

@@ -37,7 +37,8 @@ class SearchResult:
         reference: ``(macs, params)`` that shares of a budget refer to.
         config: Options of the search, with ``target``, ``precision`` and ``backend`` as they were resolved.
         history: One entry every ``config.log_every`` steps and at the end of each epoch: step, epoch, loss, accuracy,
-            mean_gate, alive (share of non-zero gates), seconds; validation accuracy where a loader was given.
+            mean_gate, alive (share of non-zero gates), seconds; validation accuracy where a loader was given; with
+            ``config.patience`` also structure_change and order_change as of the last look (``pfs_fast.stability.Change``).
         model: The model that was searched, not a copy; None after ``load`` without one.
         input_shape: Of one image, (C, H, W); slim networks carry it, so that ``export`` knows their input.
     """
@@ -61,6 +62,16 @@ class SearchResult:
     def gates(self) -> dict[str, Tensor]:
         """Gates of every group in [0, 1], by the name of its first producer. ``{group: [size]}``."""
         return {g.name: self.flat_gates[g.start : g.start + g.size] for g in self.groups.groups}
+
+    @property
+    def ended(self) -> str:
+        """How the search ended: ``"stable"`` (``config.patience``) or ``"steps"``."""
+        return self.history[-1].get("ended", "steps") if self.history else "steps"
+
+    @property
+    def steps(self) -> int:
+        """Steps of the search, up to the last entry of the history."""
+        return int(self.history[-1]["step"]) if self.history else 0
 
     @property
     def structure(self) -> Structure:
@@ -167,12 +178,14 @@ class SearchResult:
         return network
 
     def report(self, measure: bool = False) -> str:
-        """The structure and its limits as tables, and every layer that was held whole with the reason.
+        """The structure and its limits as tables; how an early stop ended; and every layer held whole with the reason.
 
         Args:
             measure: Find every limited cost anew on the slim network, as ``measured`` does.
         """
         lines = [str(self.measured() if measure else self.structure)]
+        if self.config.patience is not None:
+            lines += ["", self.ending()]
         if self.groups.fixed:
             lines += [
                 "",
@@ -180,6 +193,21 @@ class SearchResult:
                 *(f"  {name}: {reason}" for name, reason in self.groups.fixed),
             ]
         return "\n".join(lines)
+
+    def ending(self) -> str:
+        """One line: after how many steps the search ended; with ``config.patience``, how far its answer was from stable."""
+        line, patience = f"ended after {self.steps:,} steps", self.config.patience
+        if patience is None:
+            return line
+        last = self.history[-1] if self.history else {}
+        structure, order = last.get("structure_change"), last.get("order_change")
+        line += ", stable: " if self.ended == "stable" else ", not yet stable: "
+        if structure is None or order is None:
+            return f"{line}shorter than the patience of {patience:,} steps"
+        return (
+            f"{line}over the last {patience:,} steps the structure changed by {structure:.2%} of its channels and the order of "
+            f"the gates by {order:.2%} (tolerance {self.config.tolerance:.2%})"
+        )
 
     def _ranking(self) -> tuple[np.ndarray, np.ndarray]:
         return self.flat_gates.numpy(), self.died_at.numpy()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -16,9 +15,12 @@ from .budget import Budget
 from .checkpoint import Checkpoint, fingerprint
 from .config import SearchConfig
 from .errors import ConfigError, NonFiniteLossError
+from .graphs import side_stream
+from .loop import LoopState
 from .plan import Plan, choose_device, prepare
 from .progress import Progress
 from .result import SearchResult
+from .runner import Runner, make_runner
 
 # Steps between two looks at which gates have died; on CUDA a look waits for the device.
 COMPACT_EVERY = {"cpu": 10, "cuda": 50}
@@ -90,6 +92,7 @@ def search(
         torch.inference_mode(False),
         torch.enable_grad(),  # whatever the caller has switched off
         torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
+        side_stream(place),
     ):
         torch.manual_seed(config.seed)
         _set_epoch(loader, 0)
@@ -109,12 +112,15 @@ def search(
         if checkpoint is not None:
             saved = Checkpoint(checkpoint, plan.loop, fingerprint(model, plan.groups, plan.config))
             if saved.restore():
+                plan.loop.resume_look(COMPACT_EVERY[place.type])
+                batches.close()
                 _set_epoch(loader, plan.loop.state.epoch)
                 batches, first = checked_batches(loader, "search"), None
         if first is not None:
-            batches = itertools.chain([first], batches)
+            batches = _from_first(first, batches)
+        runner = make_runner(plan.loop, loader)
         try:
-            _run(plan, loader, batches, val_loader, saved, progress)
+            _run(plan, loader, batches, runner, val_loader, saved, progress)
         except NonFiniteLossError as error:
             error.result = plan.result(plan.loop.good_gates)
             raise
@@ -125,36 +131,75 @@ def search(
 def _run(
     plan: Plan,
     loader: Loader,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Generator[tuple[Tensor, Tensor]],
+    runner: Runner,
     val_loader: Loader | None,
     saved: Checkpoint | None,
     progress: bool,
 ) -> None:
     loop, config, state = plan.loop, plan.config, plan.loop.state
-    limit = config.max_steps or float("inf")
+    limit = config.max_steps
     total = _total_steps(loader, config)
     look_every = COMPACT_EVERY[loop.device.type]
-    with Progress(total, "search", progress, initial=state.steps) as bar:
-        while state.epoch < config.epochs and state.steps < limit:
-            for images, labels in itertools.islice(
-                batches, None if limit == float("inf") else limit - state.steps
-            ):
-                loop.step(images, labels)
-                bar.update(**loop.metrics())
-                if state.steps % config.log_every == 0:
-                    loop.entry()
-                if state.steps % look_every == 0:
-                    loop.compact(None if total is None else total - state.steps)
-            entry = loop.entry()
-            if val_loader is not None:
-                entry["val_accuracy"] = loop.evaluate(val_loader)
-                loop.keep_if_best(entry["val_accuracy"])
-            state.epoch += 1
-            if saved is not None:
-                saved.save()
-            if state.epoch < config.epochs:
-                _set_epoch(loader, state.epoch)
-                batches = checked_batches(loader, "search", epoch=state.epoch)
+    stops = [look_every, config.log_every, *([loop.watch.every] if loop.watch else [])]
+
+    def until_look() -> int:
+        return min(every - state.steps % every for every in stops)
+
+    try:
+        with Progress(total, "search", progress, initial=state.steps) as bar:
+            while state.ended is None and not _is_over(state, config):
+                most = None if limit is None else limit - state.steps
+                for taken in runner.run(batches, most, until_look):
+                    bar.update(taken, **loop.metrics())
+                    if loop.check_stable():
+                        break
+                    if state.steps % config.log_every == 0:
+                        loop.post_entry()
+                    if state.steps % look_every == 0 and loop.compact(
+                        None if total is None else total - state.steps
+                    ):
+                        runner.invalidate()
+                _end_epoch(plan, val_loader, saved)
+                batches.close()
+                if state.ended is None:
+                    _set_epoch(loader, state.epoch)
+                    batches = checked_batches(loader, "search", epoch=state.epoch)
+    finally:
+        batches.close()
+
+
+def _end_epoch(plan: Plan, val_loader: Loader | None, saved: Checkpoint | None) -> None:
+    loop, state = plan.loop, plan.loop.state
+    loop.post_entry()
+    if val_loader is not None:
+        entry = loop.entry()
+        entry["val_accuracy"] = loop.evaluate(val_loader)
+        loop.keep_if_best(entry["val_accuracy"])
+    state.epoch += 1
+    over = state.ended is not None or _is_over(state, plan.config)
+    if over or saved is not None:
+        loop.entry()
+    if over:
+        loop.finish()
+    if saved is not None:
+        saved.save()
+
+
+def _is_over(state: LoopState, config: SearchConfig) -> bool:
+    return state.epoch >= config.epochs or (
+        config.max_steps is not None and state.steps >= config.max_steps
+    )
+
+
+def _from_first(
+    first: tuple[Tensor, Tensor], rest: Generator[tuple[Tensor, Tensor]]
+) -> Generator[tuple[Tensor, Tensor]]:
+    try:
+        yield first
+        yield from rest
+    finally:
+        rest.close()
 
 
 def _total_steps(loader: Any, config: SearchConfig) -> int | None:

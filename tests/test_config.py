@@ -70,6 +70,7 @@ BAD = [
     ("select", "first", "one of 'last', 'best'"),
     ("compact", "no", "True or False"),
     ("channels_last", None, "True or False"),
+    ("cuda_graph", 1, "True or False"),
 ]
 
 

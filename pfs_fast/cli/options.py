@@ -12,6 +12,7 @@ import torch
 
 from .. import data, models
 from ..budget import Budget
+from ..config import SearchConfig
 from ..errors import ConfigError, PfsError
 from .inputs import DataSpec, ModelSpec
 
@@ -86,6 +87,24 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+
+
+def add_early_stop_arguments(parser: argparse.ArgumentParser) -> None:
+    """--patience and --tolerance."""
+    defaults = SearchConfig()
+    parser.add_argument(
+        "--patience",
+        type=int,
+        metavar="STEPS",
+        help="stop once neither the structure nor the order of the gates has changed for so many steps (default: never)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=defaults.tolerance,
+        metavar="SHARE",
+        help=f"change that --patience takes for none (default: {defaults.tolerance:g})",
+    )
 
 
 def model_spec(arguments: argparse.Namespace, num_classes: int | None) -> ModelSpec:

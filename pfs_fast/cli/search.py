@@ -23,6 +23,7 @@ from .inputs import DataSpec, ModelSpec
 from .options import (
     UsageError,
     add_data_arguments,
+    add_early_stop_arguments,
     add_limit_arguments,
     add_model_arguments,
     add_run_arguments,
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"passes over the images (default: {defaults.epochs}; digits: {DIGITS_EPOCHS})",
     )
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop after so many steps")
+    add_early_stop_arguments(parser)
     parser.add_argument(
         "--gamma",
         type=float,
@@ -154,6 +156,8 @@ def run(arguments: argparse.Namespace) -> None:
         f"searched {last['step']:,} steps in {last['seconds']:.1f} s ({result.config.precision}, "
         f"{result.config.backend}): mean gate {last['mean_gate']:.3f}, {last['alive']:.1%} above 0"
     )
+    if result.config.patience is not None:
+        print(result.ending())
     print(f"written to {out}; next: pfs-fast train {out}")
 
 
@@ -161,7 +165,18 @@ def _config(arguments: argparse.Namespace, source: DataSpec) -> SearchConfig:
     epochs = arguments.epochs
     if epochs is None and source.source == "digits":
         epochs = DIGITS_EPOCHS
-    names = ("max_steps", "gamma", "target", "scope", "precision", "backend", "select", "seed")
+    names = (
+        "max_steps",
+        "patience",
+        "tolerance",
+        "gamma",
+        "target",
+        "scope",
+        "precision",
+        "backend",
+        "select",
+        "seed",
+    )
     changes = {name: getattr(arguments, name) for name in names}
     return SearchConfig(**changes) if epochs is None else SearchConfig(epochs=epochs, **changes)
 

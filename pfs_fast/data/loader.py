@@ -19,8 +19,8 @@ CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2023, 0.1994, 0.2010)
 
 
-class _EpochPlan(NamedTuple):
-    """Everything random about one epoch, in the order in which the images are served."""
+class EpochPlan(NamedTuple):
+    """Everything random about one epoch (or a batch of it), in the order in which the images are served."""
 
     order: Tensor  # [N] int64, image indices
     corners: Tensor  # [N] int64, first pixel of each crop within its padded image
@@ -193,16 +193,25 @@ class DeviceLoader:
         self._next_batch, self._resumes = state["batch"], True
 
     def _serve(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        plan = self._plan(epoch) if self.train else None
+        plan = self.plan(epoch) if self.train else None
         for index in range(first, len(self)):
             start = index * self.batch_size
             stop = min(start + self.batch_size, self.num_images)
-            batch = self._plain(start, stop) if plan is None else self._augmented(plan, start, stop)
+            if plan is None:
+                batch = self._plain(start, stop)
+            else:
+                batch = self.batch(EpochPlan(*(x[start:stop] for x in plan)))
             # Said before the batch is handed over: a state taken inside the loop's body counts that batch as done.
             self.epoch, self._next_batch = divmod(epoch * len(self) + index + 1, len(self))
             yield batch
 
-    def _plan(self, epoch: int) -> _EpochPlan:
+    def advance(self, batches: int) -> None:
+        """Counts batches as served that were made by `batch`, from where the loader stands."""
+        done = self.epoch * len(self) + self._next_batch + batches
+        self.epoch, self._next_batch = divmod(done, len(self))
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The random draws of an epoch, on the device."""
         state = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
         draw = self._generator.manual_seed(int(state[0]))
         n, offsets = self.num_images, 2 * self._padding + 1
@@ -210,22 +219,26 @@ class DeviceLoader:
         top, left = torch.randint(offsets, (2, n), generator=draw)
         corners = top * (self._width + 2 * self._padding) + left
         mirrored = torch.rand(n, generator=draw) < 0.5
-        return _EpochPlan(*(t.to(self.device) for t in (order, corners, mirrored)))
+        drawn = (order, corners, mirrored)
+        if self.device.type == "cuda":  # from pinned memory the copy does not wait for the device
+            drawn = tuple(t.pin_memory() for t in drawn)
+        return EpochPlan(*(t.to(self.device, non_blocking=True) for t in drawn))
 
     def _plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         return self._finish(self._stored[start:stop]), self._labels[start:stop].clone()
 
-    def _augmented(self, plan: _EpochPlan, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        order = plan.order[start:stop]
+    def batch(self, part: EpochPlan) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] and labels [B] of a part of a plan; device work of fixed shapes only."""
+        order = part.order
         if self._padding > 0:
             rows, row_stride = self._stored.shape[1:3]
             windows = pixel_windows(self._stored, self._width)
-            corners = order * (rows * row_stride) + plan.corners[start:stop]
+            corners = order * (rows * row_stride) + part.corners
             images = crop(windows, corners, row_stride, self._height, self._width)
         else:
             images = self._stored.index_select(0, order)
         if self.flip:
-            images = mirror(images, plan.mirrored[start:stop])
+            images = mirror(images, part.mirrored)
         return self._finish(images), self._labels.index_select(0, order)
 
     def _finish(self, images: Tensor) -> Tensor:

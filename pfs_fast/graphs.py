@@ -1,0 +1,116 @@
+"""CUDA graphs: a sequence of device work recorded once and started again with one call.
+
+Written from PyTorch's documentation of ``torch.cuda.graph``; not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+
+class Graph(Protocol):
+    """Recorded work. ``torch.cuda.CUDAGraph`` is one."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Graphs(Protocol):
+    """Records work; the CUDA one below, another in the tests of those who use it."""
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Record what ``work`` asks of the device, without doing it."""
+        ...
+
+    def waits(self, work: Callable[[], None]) -> str | None:
+        """Do ``work``, and say what in it waits for the device, which a graph cannot; None: nothing."""
+        ...
+
+
+class CudaGraph:
+    """A recorded graph with the pool of memory that it works in."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph, self.alive = graph, True
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def reset(self) -> None:
+        self._graph.reset()
+        self.alive = False
+
+    def pool(self) -> tuple[int, int]:
+        return self._graph.pool()
+
+
+class CudaGraphs:
+    """Graphs in the current stream of one device, which must not be the default one.
+
+    Graphs that exist at the same time share their memory: none of them leaves anything behind but in tensors made before.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[CudaGraph] = []
+
+    def capture(self, work: Callable[[], None]) -> CudaGraph:
+        # A pool goes with its last graph, so only that of a graph that is still there can be shared.
+        self._made = [made for made in self._made if made.alive]
+        pool = self._made[0].pool() if self._made else None
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: threads of a loader may pin memory meanwhile, which "global" would take for an error.
+        with torch.cuda.graph(
+            graph,
+            pool=pool,
+            stream=torch.cuda.current_stream(),
+            capture_error_mode="thread_local",
+        ):
+            work()
+        self._made.append(CudaGraph(graph))
+        return self._made[-1]
+
+    def waits(self, work: Callable[[], None]) -> str | None:
+        # A wait inside a capture leaves PyTorch's allocator and random state in the middle of it; a warning costs nothing.
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                work()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        waits = None
+        for warning in caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                waits = f"{warning.message} ({warning.filename}:{warning.lineno})"
+            else:
+                warnings.warn_explicit(
+                    warning.message, warning.category, warning.filename, warning.lineno
+                )
+        return waits
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Makes a stream of its own the current one, ordered behind the caller's and before what the caller does next.
+
+    A capture cannot run in the default stream, and steps before a capture must have run where it runs.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        outer = torch.cuda.current_stream()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(outer)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            outer.wait_stream(stream)
