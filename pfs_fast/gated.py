@@ -147,6 +147,8 @@ class _Builder:
     def rewrite(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         graph = graph_module.graph
         for node in list(graph.nodes):
+            if node.op == "call_method" and node.target == "view":
+                self._allow_layout(node)
             if node.op != "call_module":
                 continue
             module = self._modules[node.target]
@@ -174,6 +176,12 @@ class _Builder:
             self._targets[kind, name] = target
             self._modules[target] = module
         return self._targets[kind, name]
+
+    @staticmethod
+    def _allow_layout(node: fx.Node) -> None:
+        """``view`` as ``reshape``: channels_last maps cannot be viewed as the model's contiguous ones can."""
+        if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
+            node.target = "reshape"
 
     def _freeze(self, node: fx.Node, module: nn.Module) -> None:
         name = node.target
