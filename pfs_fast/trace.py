@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ._modules import require_plain
 from .errors import ModelError, TraceError
+from .functional_norm import as_plain_norms, call_norms
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _OWN_FOLDER = str(Path(__file__).parent)
@@ -91,9 +92,11 @@ def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ..
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     replica = _copied(model)
     graphs = []
+    norms: set[str] = set()
     for training in (True, False):
         replica.train(training)
-        graphs.append(_trace_mode(replica))
+        graphs.append(_trace_mode(replica, norms))
+    as_plain_norms(replica, norms)
     train, eval_ = graphs
     if _same(train.graph, eval_.graph):
         eval_ = train
@@ -129,7 +132,8 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _trace_mode(model: nn.Module) -> fx.GraphModule:
+def _trace_mode(model: nn.Module, norms: set[str]) -> fx.GraphModule:
+    """Adds to ``norms`` the batch norms whose own forward the graph replaces."""
     tracer = _Tracer()
     try:
         with warnings.catch_warnings():
@@ -143,6 +147,7 @@ def _trace_mode(model: nn.Module) -> fx.GraphModule:
             f"is not{_user_line(error)}: {type(error).__name__}: {error}; make its control flow independent of tensor "
             "values, or hide the step behind torch.fx.wrap"
         ) from error
+    norms |= call_norms(graph, tracer.root)
     return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
 
 

@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=240, help="limit of one network")
     parser.add_argument("--gib", type=float, default=12, help="address space of one network")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def _named(name: str, key: str, names: list[str]) -> bool:

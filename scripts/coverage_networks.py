@@ -153,29 +153,27 @@ def _resnet_1d() -> nn.Module:
 
 # -- timm -------------------------------------------------------------------------------------------------------------
 
-# About the smallest of each family. A colon gives the image size where 64 is not legal, or too small for the network.
+# About the smallest of each family, large ones last. A colon gives the image size where 64 is not legal, or too small for the network.
 _TIMM = """
-    gernet_s repvgg_a0 repvgg_b1g4 mobileone_s0 resnext26ts seresnext26ts eca_resnext26ts gcresnext26ts bat_resnext26ts:128
+    gernet_s repvgg_a0 mobileone_s0 resnext26ts seresnext26ts eca_resnext26ts gcresnext26ts bat_resnext26ts:128
     regnetz_b16 resnet32ts resnet51q botnet26t_256:256 halonet26t:128 lambda_resnet26t:128 sebotnet33ts_256:256
-    convmixer_768_32 convnext_atto convnextv2_atto convnext_zepto_rms
-    cspresnet50 cspresnext50 cspdarknet53 cs3darknet_focus_s cs3sedarknet_l darknet17 darknetaa53 cspnext_tiny
-    densenet121 densenetblur121d dla34 dla46x_c dla60_res2net dla60_res2next dpn48b dpn68
-    edgenext_xx_small efficientformer_l1:224 efficientformerv2_s0:224 cpubone_nano
-    efficientnet_b0 efficientnet_lite0 efficientnet_es efficientnet_cc_b0_4e efficientnetv2_rw_t gc_efficientnetv2_rw_t
-    mixnet_s mnasnet_small mobilenetv1_100 mobilenetv2_050 mobilenet_edgetpu_v2_xs fbnetc_100 spnasnet_100 tinynet_e
-    tf_efficientnet_b0 efficientnet_blur_b0 efficientnet_b0_gn
-    efficientvit_b0 efficientvit_m0:224 fasternet_t0 fastvit_t8 ghostnet_050 ghostnetv2_100 ghostnetv3_050
-    hardcorenas_a hgnet_tiny hgnetv2_b0 hrnet_w18_small inception_next_atto inception_resnet_v2:96 inception_v3:96
-    inception_v4:96 lcnetv2_small levit_conv_128s:224 mambaout_femto coatnet_bn_0_rw_224:224
-    poolformer_s12 convformer_s18 lcnet_035 fbnetv3_b mobilenetv3_small_050 mobilenetv4_conv_small_035
-    mobilenetv4_hybrid_medium_075:128 mobilevit_xxs:128 mobilevitv2_050:128 nasnetalarge:96 pnasnet5large:96
-    nextvit_small:96 nf_resnet26 nf_regnet_b0 eca_nfnet_l0 dm_nfnet_f0 regnetx_002 regnety_002 regnetz_005 regnetv_040
-    repghostnet_050 repvit_m0_9 res2net50_14w_8s res2next50 resnest14d resnest50d_4s2x40d
-    resnet10t resnet18 resnet18d resnext50_32x4d seresnet18 ecaresnet26t ecaresnetlight resnetblur18 resnetaa34d resnetrs50
-    resnet50_gn resnetv2_18 resnetv2_50 resnetv2_50x1_bit rdnet_tiny rexnet_100 rexnetr_100 selecsls42b
-    legacy_seresnet18 legacy_seresnext26_32x4d legacy_senet154 skresnet18 skresnext50_32x4d starnet_s1 swiftformer_xs
-    tresnet_m vgg11 vgg11_bn visformer_tiny:224 vovnet39a ese_vovnet19b_dw eca_vovnet39b legacy_xception xception41 xception41p
-    focalnet_tiny_srf shvit_s1:128 iformer_t:128 lowformer_b0:128
+    convmixer_768_32 convnext_atto convnextv2_atto convnext_zepto_rms cspresnet50 cspresnext50 cspdarknet53
+    cs3darknet_focus_s cs3sedarknet_l darknet17 darknetaa53 cspnext_tiny densenet121 densenetblur121d dla34 dla46x_c
+    dla60_res2net dla60_res2next dpn48b dpn68 edgenext_xx_small efficientformer_l1:224 efficientformerv2_s0:224
+    cpubone_nano efficientnet_b0 efficientnet_lite0 efficientnet_es efficientnet_cc_b0_4e efficientnetv2_rw_t
+    gc_efficientnetv2_rw_t mixnet_s mnasnet_small mobilenetv1_100 mobilenetv2_050 mobilenet_edgetpu_v2_xs fbnetc_100
+    spnasnet_100 tinynet_e tf_efficientnet_b0 efficientnet_blur_b0 efficientnet_b0_gn efficientvit_b0 efficientvit_m0:224
+    fasternet_t0 fastvit_t8 ghostnet_050 ghostnetv2_100 ghostnetv3_050 hardcorenas_a hgnet_tiny hgnetv2_b0 hrnet_w18_small
+    inception_next_atto inception_v3:96 inception_v4:96 lcnetv2_small levit_conv_128s:224 mambaout_femto
+    coatnet_bn_0_rw_224:224 poolformer_s12 convformer_s18 lcnet_035 fbnetv3_b mobilenetv3_small_050
+    mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium_075:128 mobilevit_xxs:128 mobilevitv2_050:128 nextvit_small:96
+    nf_resnet26 nf_regnet_b0 eca_nfnet_l0 regnetx_002 regnety_002 regnetz_005 regnetv_040 repghostnet_050 repvit_m0_9
+    res2net50_14w_8s res2next50 resnest14d resnest50d_4s2x40d resnet10t resnet18 resnet18d resnext50_32x4d seresnet18
+    ecaresnet26t ecaresnetlight resnetblur18 resnetaa34d resnetrs50 resnet50_gn resnetv2_18 resnetv2_50 resnetv2_50x1_bit
+    rdnet_tiny rexnet_100 rexnetr_100 selecsls42b legacy_seresnet18 legacy_seresnext26_32x4d skresnet18 skresnext50_32x4d
+    starnet_s1 swiftformer_xs tresnet_m visformer_tiny:224 vovnet39a ese_vovnet19b_dw eca_vovnet39b legacy_xception
+    xception41 xception41p focalnet_tiny_srf shvit_s1:128 iformer_t:128 lowformer_b0:128 vgg11 vgg11_bn nasnetalarge:96
+    pnasnet5large:96 dm_nfnet_f0 inception_resnet_v2:96 legacy_senet154 repvgg_b1g4
 """
 
 
