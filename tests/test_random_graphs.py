@@ -52,7 +52,7 @@ def test_random_networks_are_cut_exactly(part):
         except Exception as error:
             pytest.fail(_report(blocks, seed, error))
     # A test of networks that nothing can be cut from would prove nothing.
-    assert tally["cut"] >= 0.75 * len(seeds) and tally["dropped"] >= 10 * len(seeds)
+    assert tally["cut"] >= 0.6 * len(seeds) and tally["dropped"] >= 5 * len(seeds)
 
 
 def check(blocks: Sequence[Block], seed: int) -> Counter[str]:
