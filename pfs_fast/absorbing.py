@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torchvision.ops import FrozenBatchNorm2d
 
 from . import rules
 from .gated import FrozenConv, FusedNorm, GatedNetwork, GatedOutput
 from .groups import ChannelGroup, ChannelGroups
+from .narrow import NORMS
 
 _ABSORBING_ACTS = frozenset({"relu", "relu6"})
 
@@ -38,7 +40,7 @@ class _Graph:
         self, network: GatedNetwork, groups: ChannelGroups, unit_of_label: np.ndarray
     ) -> None:
         self._nodes = list(network.train_net.graph.nodes)
-        # A norm with an activation inside (see functional_norm) is in the graph under two names.
+        # A norm with an activation inside (see functional) is in the graph under two names.
         self._modules = dict(network.train_net.named_modules(remove_duplicate=False))
         self._layers = {layer.name: layer for layer in groups.layers}
         self._unit_of_label = unit_of_label
@@ -75,6 +77,9 @@ class _Graph:
                 zero[node] = inner and rest_zero
             elif isinstance(module, GatedOutput):
                 zero[node] = True
+            elif isinstance(module, NORMS):
+                affine = not isinstance(module, FrozenBatchNorm2d)  # which shifts by its mean
+                zero[node] = affine and zero.get(node.args[0], False) and _no_shift(module)
             elif self._depthwise(node):
                 zero[node] = zero.get(node.args[0], False) and _no_shift(_conv(module))
             elif not sources or self._mixes(node) or name in rules.ELEMENTWISE:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .groups import FIXED, ChannelGroup, ChannelGroups, Layer
-from .propagate import NONE, Constraints, LayerUse, Propagation
+from .narrow import is_channelwise
+from .propagation import NONE, Constraints, LayerUse, Propagation
 from .trace import TracedModel, trace
 
 
@@ -197,8 +197,9 @@ def _with_layers(
 
 def _layer(name: str, module: nn.Module, use: LayerUse, unit_of_label: np.ndarray) -> Layer:
     out_units, in_units = unit_of_label[use.out], unit_of_label[use.inputs]
-    if isinstance(module, _BatchNorm):
-        return Layer(name, "bn", out_units, in_units, 1, False, 0, 0, 2 if module.affine else 0)
+    if is_channelwise(module):
+        own = sum(p is not None for p in module._parameters.values())
+        return Layer(name, "bn", out_units, in_units, 1, False, 0, 0, own)
     bias = int(module.bias is not None)
     if isinstance(module, nn.Linear):
         return Layer(name, "linear", out_units, in_units, 1, False, use.positions, 1, bias)

@@ -155,7 +155,7 @@ class _Recorder:
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _quiet_fake_tensors(), counter:
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), quiet_fake_tensors(), counter:
                 self.model(*inputs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -181,7 +181,7 @@ class _Recorder:
 
 
 @contextmanager
-def _quiet_fake_tensors() -> Iterator[None]:
+def quiet_fake_tensors() -> Iterator[None]:
     """Keep PyTorch from logging the traceback of an error that the caller gets anyway."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from . import rules
 from .analysis import ChannelGraph
 from .gates import GateBank
+from .narrow import NORMS
 
 _ACTIVATIONS = frozenset({"relu", "relu6", "silu", "hardswish"})
 
@@ -154,9 +155,7 @@ class _Builder:
             module = self._modules[node.target]
             if isinstance(module, _BatchNorm):
                 self._fuse_norm(graph, node, module)
-            elif isinstance(module, (_ConvNd, nn.Linear)) and not isinstance(
-                module, _ConvTransposeNd
-            ):
+            elif isinstance(module, (_ConvNd, nn.Linear, *NORMS)):
                 self._freeze(node, module)
         constants = {
             n.target: _attribute(graph_module, n.target) for n in graph.nodes if n.op == "get_attr"
@@ -187,12 +186,15 @@ class _Builder:
         name = node.target
         plain = (
             isinstance(module, _ConvNd)
+            and not isinstance(module, _ConvTransposeNd)
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
         )
         layer = FrozenConv(module, self._ops) if plain else module
         if name in self._bank.layers:
-            channel_dim = -1 if isinstance(module, nn.Linear) else -len(module.kernel_size) - 1
+            channel_dim = -1 if isinstance(module, nn.Linear) else 1
+            if isinstance(module, _ConvNd):  # also without a batch dimension
+                channel_dim = -len(module.kernel_size) - 1
             layer = GatedOutput(layer, name, self._bank, channel_dim)
         if layer is not module:
             node.target = self._add("layer", name, layer)
@@ -200,7 +202,7 @@ class _Builder:
     def _fuse_norm(self, graph: fx.Graph, node: fx.Node, bn: _BatchNorm) -> None:
         chain, residual, act = [node], None, "identity"
         user = _only_user(node)
-        if user is not None and self._is_sum(user) and not _overwritten_is_read(user, node):
+        if user is not None and self._is_sum(user) and not user.meta["stale"]:
             other = next(a for a in user.args if a is not node)
             chain, residual, user = [*chain, user], other, _only_user(user)
         if user is not None and self._activation(user):
@@ -241,14 +243,6 @@ class _Builder:
             and values[0].shape == values[1].shape
             and values[0].dtype == values[1].dtype
         )
-
-
-def _overwritten_is_read(total: fx.Node, norm: fx.Node) -> bool:
-    """Whether a sum in place (``y += bn(x)``) changes an operand that a later node reads under its old name."""
-    target = total.args[0]
-    if target is norm or not rules.writes_in_place(total, None):
-        return False
-    return any(reader > total for reader in target.users if reader is not total)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

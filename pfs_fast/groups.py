@@ -17,11 +17,11 @@ FIXED = -1  # unit of a channel that is always kept
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution, linear or batch-norm module of the model, with the units of its channels.
+    """One convolution, linear or norm module of the model, with the units of its channels.
 
     Attributes:
         name: Qualified module name.
-        kind: ``"conv"``, ``"linear"`` or ``"bn"``.
+        kind: ``"conv"`` (transposed ones too), ``"linear"`` or ``"bn"`` (what takes its channels one by one).
         out_units: Unit of each output channel, ``FIXED`` where it is always kept. [out_channels], int64.
         in_units: Unit of each input channel; for a batch norm the same as ``out_units``. [in_channels], int64.
         conv_groups: ``groups`` of a convolution, else 1.

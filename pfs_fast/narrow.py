@@ -6,32 +6,58 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from .errors import ModelError, StructureError
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# Norms that leave every channel, or every group of channels, to itself.
+NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, FrozenBatchNorm2d)
 
 Indices = tuple[int, ...]
 Kept = tuple[Indices | None, Indices | None]  # kept (in, out) channels, ascending; None: all
 
 
 def kind_of(module: nn.Module | None) -> str | None:
-    """``"conv"``, ``"linear"`` or ``"bn"`` for modules whose width can change, else None."""
+    """``"conv"``, ``"linear"`` or ``"bn"`` for modules whose width can change, else None.
+
+    ``"bn"`` is every layer that takes its channels one by one: norms, and PReLU with a slope for each.
+    """
     if isinstance(module, CONVOLUTIONS):
         return "conv"
     if isinstance(module, nn.Linear):
         return "linear"
-    return "bn" if isinstance(module, BATCH_NORMS) else None
+    return "bn" if is_channelwise(module) else None
+
+
+def is_channelwise(module: nn.Module | None) -> bool:
+    """Norms and PReLU: as many outputs as inputs, with parameters for each channel."""
+    return isinstance(module, NORMS) or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
 
 
 def widths_of(module: nn.Module) -> tuple[int, int]:
-    """``(in, out)`` channels of a convolution, linear or batch-norm module."""
+    """``(in, out)`` channels of a module that ``kind_of`` knows."""
     if isinstance(module, CONVOLUTIONS):
         return module.in_channels, module.out_channels
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    return module.num_features, module.num_features
+    if isinstance(module, FrozenBatchNorm2d):
+        return (module.weight.shape[0],) * 2
+    return (getattr(module, _WIDTH_OF[_base(module)]),) * 2
+
+
+_WIDTH_OF = {
+    **dict.fromkeys((*BATCH_NORMS, *INSTANCE_NORMS), "num_features"),
+    nn.GroupNorm: "num_channels",
+    nn.PReLU: "num_parameters",
+}
+
+
+def _base(module: nn.Module) -> type[nn.Module]:
+    return next(base for base in _WIDTH_OF if isinstance(module, base))
 
 
 def narrow_layers(function: str, model: nn.Module, plan: Mapping[str, Kept]) -> None:
@@ -83,10 +109,10 @@ def _narrow(
 ) -> None:
     """Narrow one module in place. Raises StructureError with the end of a sentence that starts with the layer."""
     tensors: dict[str, Kept]  # parameter or buffer -> kept indices of dimensions 1 and 0
-    if isinstance(module, BATCH_NORMS):
+    if is_channelwise(module):
         kept_out = kept_out if kept_out is not None else kept_in
         tensors = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (None, kept_out))
-        attributes = {"num_features": _length(kept_out, module.num_features)}
+        attributes = _channelwise_attributes(module, kept_out)
     elif isinstance(module, nn.Linear):
         tensors = {"weight": (kept_in, kept_out), "bias": (None, kept_out)}
         attributes = {
@@ -120,13 +146,29 @@ def _narrow(
             elif name in module._buffers:
                 old_buffer = module._buffers[name]
                 module._buffers[name] = None if old_buffer is None else _take(old_buffer, *kept)
-            elif name in ("weight", "bias"):
+            elif name in ("weight", "bias") and hasattr(module, name):
                 raise StructureError(
                     f"must hold its {name} as a plain parameter, got a computed one; remove weight norm, spectral norm, "
                     "pruning masks or parametrizations first"
                 )
     for name, value in attributes.items():
         setattr(module, name, value)
+
+
+def _channelwise_attributes(module: nn.Module, kept: Indices | None) -> dict[str, int]:
+    """New widths of a layer that takes its channels one by one."""
+    if isinstance(module, FrozenBatchNorm2d):
+        return {}
+    attributes = {_WIDTH_OF[_base(module)]: _length(kept, widths_of(module)[1])}
+    if isinstance(module, nn.GroupNorm) and kept is not None:
+        per_group = module.num_channels // module.num_groups
+        groups = sorted({channel // per_group for channel in kept})
+        if list(kept) != [g * per_group + i for g in groups for i in range(per_group)]:
+            raise StructureError(
+                f"must keep whole groups of {per_group} channels, which it normalises together, got {str(kept)[:60]}"
+            )
+        attributes["num_groups"] = len(groups)
+    return attributes
 
 
 def _length(kept: Indices | None, size: int) -> int:
@@ -163,17 +205,23 @@ def _new_groups(conv: nn.Module, kept_in: Indices | None, kept_out: Indices | No
 def _narrow_weight(
     module: nn.Module, weight: torch.Tensor, kept_in: Indices | None, kept_out: Indices | None
 ) -> torch.Tensor:
-    """Kept rows of a weight, each with its kept input channels. [out, in / groups, *kernel]."""
-    groups = getattr(module, "groups", 1)
-    if groups == 1:
-        return _take(weight, kept_in, kept_out)
-    if kept_in is None or groups == module.in_channels:
+    """Kept slices of a weight. [out, in / groups, *kernel]; transposed convolutions [in, out / groups, *kernel]."""
+    if weight.dim() < 2:
         return _take(weight, None, kept_out)
-    per_group, rows = weight.shape[1], range(weight.shape[0]) if kept_out is None else kept_out
-    local: list[list[int]] = [[] for _ in range(groups)]  # kept input channels inside each group
-    for channel in kept_in:
+    groups = getattr(module, "groups", 1)
+    sides = [(kept_out, weight.shape[0]), (kept_in, weight.shape[1] * groups)]
+    if isinstance(module, TRANSPOSED):
+        sides = [(kept_in, weight.shape[0]), (kept_out, weight.shape[1] * groups)]
+    (kept_rows, num_rows), (kept_columns, _) = sides
+    if groups == 1:
+        return _take(weight, kept_columns, kept_rows)
+    if kept_columns is None or groups == module.in_channels:  # depthwise: all of a row's columns
+        return _take(weight, None, kept_rows)
+    per_group, rows = weight.shape[1], range(num_rows) if kept_rows is None else kept_rows
+    local: list[list[int]] = [[] for _ in range(groups)]  # kept columns inside each group
+    for channel in kept_columns:
         local[channel // per_group].append(channel % per_group)
-    columns = [local[row // (module.out_channels // groups)] for row in rows]
+    columns = [local[row // (num_rows // groups)] for row in rows]
     row_index = torch.tensor(list(rows), device=weight.device)[:, None]
     return _in_format_of(weight, weight[row_index, torch.tensor(columns, device=weight.device)])
 

@@ -6,43 +6,58 @@ Functions, methods and modules are looked up by one plain name (``torch.relu``, 
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx, nn
 
 # f(0) = 0, each element alone: a dropped channel stays 0.
 ZERO_PRESERVING = frozenset(
-    """relu relu6 leakyrelu elu celu selu silu gelu mish hardswish tanh tanhshrink softsign hardshrink softshrink
-    identity dropout dropout1d dropout2d dropout3d alphadropout featuredropout featurealphadropout stochasticdepth
-    stochastic_depth droppath clone contiguous detach to type type_as float double half bfloat16 neg abs sqrt square sin
+    """relu relu6 leakyrelu leaky_relu rrelu elu celu selu silu gelu mish hardswish tanh tanhshrink softsign hardshrink
+    softshrink identity dropout dropout1d dropout2d dropout3d alphadropout featuredropout featurealphadropout
+    alpha_dropout feature_alpha_dropout stochasticdepth stochastic_depth droppath clone contiguous detach to type
+    float double half bfloat16 neg abs sqrt square sin sinh tan atan asinh erf expm1 log1p floor ceil round trunc
     sign""".split()
 )
 # Each element alone, but f(0) may differ from 0.
 ELEMENTWISE = frozenset(
-    "sigmoid hardsigmoid logsigmoid softplus exp log cos rsqrt reciprocal clamp clamp_min clamp_max hardtanh threshold".split()
+    """sigmoid hardsigmoid logsigmoid softplus exp log cos rsqrt reciprocal clamp clamp_min clamp_max hardtanh threshold
+    pow ipow rpow""".split()
 )
 # Those whose f(0) depends on their arguments: the propagation computes it.
-BOUNDED = frozenset("clamp clamp_min clamp_max hardtanh threshold".split())
+BOUNDED = frozenset("clamp clamp_min clamp_max hardtanh threshold pow ipow rpow".split())
 # Two operands, broadcast.
 ADDITIVE = frozenset("add iadd radd sub isub rsub subtract".split())
 MULTIPLICATIVE = frozenset("mul imul rmul multiply".split())
 DIVISION = frozenset("div truediv itruediv divide".split())
+EXTREMES = frozenset("maximum minimum".split())
+JOINS = ADDITIVE | MULTIPLICATIVE | DIVISION | EXTREMES
 # Spatial only: channel c of the output is a function of channel c of the input, and maps zeros to zeros.
 SPATIAL = frozenset(
     """maxpool1d maxpool2d maxpool3d avgpool1d avgpool2d avgpool3d adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d
     adaptivemaxpool1d adaptivemaxpool2d adaptivemaxpool3d max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
     adaptive_max_pool3d lppool1d lppool2d lp_pool2d interpolate upsample upsamplingnearest2d upsamplingbilinear2d
-    zeropad2d blurpool""".split()
+    zeropad1d zeropad2d zeropad3d reflectionpad1d reflectionpad2d reflectionpad3d replicationpad1d replicationpad2d
+    replicationpad3d circularpad1d circularpad2d circularpad3d""".split()
 )
 # Elements are moved, none is computed; shape arguments are checked by the propagation.
 MOVEMENT = frozenset(
-    """flatten view reshape view_as reshape_as permute transpose swapaxes movedim unsqueeze squeeze expand chunk split
-    tensor_split unbind getitem unflatten t mT""".split()
+    """flatten view reshape permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze expand unflatten t mT
+    repeat tile repeat_interleave""".split()
 )
-REDUCTION = frozenset("mean sum amax".split())
+# Some elements are taken.
+PIECES = frozenset(
+    "getitem chunk split split_with_sizes tensor_split unbind narrow select roll flip".split()
+)
+CHANNEL_SHUFFLE = frozenset("channelshuffle channel_shuffle native_channel_shuffle".split())
+REDUCTION = frozenset("mean sum amax amin std var".split())
+SOFTMAX = frozenset("softmax log_softmax softmin logsoftmax".split())
 CONCATENATION = frozenset("cat concat concatenate".split())
+# Only dtype and device are taken from the operand.
+FACTORY = frozenset("new_empty new_zeros new_ones new_full new_tensor".split())
+# Every channel is divided by something that all of them decide.
+NORMALISING = frozenset(
+    "layernorm layer_norm rmsnorm rms_norm localresponsenorm local_response_norm group_norm normalize".split()
+)
 
 
 _TRUSTED = ("torch", "_operator", "operator", "builtins", "torchvision", "timm")
@@ -66,22 +81,6 @@ def plain_name(node: fx.Node, module: nn.Module | None) -> str:
     # A function that the user hid behind torch.fx.wrap may be called `add` and do anything.
     return name.rstrip("_") if origin in _TRUSTED else f"{origin}.{name}"
 
-
-def writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether an operation changes its first operand, which others may read later under its old name."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    if isinstance(node.target, str):
-        return node.target.endswith("_") and not node.target.endswith("__")
-    if node.target in _AUGMENTED:
-        return True
-    name = getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
-
-
-_AUGMENTED = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 # torch.nn.functional wraps these in a function that has lost its name.
 _DISPATCHED = {

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torchvision
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import rules
 from .analysis import ChannelGraph
 from .errors import ConfigError, ModelError
 from .groups import FIXED, ChannelGroup, ChannelGroups
-from .propagate import Value
+from .narrow import NORMS
+from .propagation import Value
 
 SCOPES = ("paper", "all")
 
@@ -162,7 +162,7 @@ class _UnitsAtNodes:
         """``"norm"``, ``"mix"`` (a layer that mixes channels), ``"depthwise"`` or ``"other"``."""
         if node.op != "call_module":
             return "other"
-        if isinstance(self.modules[node.target], _BatchNorm):
+        if isinstance(self.modules[node.target], NORMS):
             return "norm"
         layer = self.layers.get(node.target)
         if layer is None:

@@ -7,6 +7,7 @@ of one deep copy, and the user's model is never touched.
 from __future__ import annotations
 
 import copy
+import operator
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -16,17 +17,18 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import FrozenBatchNorm2d
 
 from ._modules import require_plain
 from .errors import ModelError, TraceError
-from .functional_norm import as_plain_norms, call_norms
+from .functional import call_layers
+from .shapes import infer_values
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
+# Layers that stay one node, also as subclasses with the forward of their base.
+_LAYERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm, FrozenBatchNorm2d)
 _OWN_FOLDER = str(Path(__file__).parent)
 
 
@@ -36,7 +38,7 @@ class TracedModel:
 
     Attributes:
         train: Graph of the forward in train mode; ``node.meta["val"]`` holds a fake tensor (or another value) per node,
-            for a batch of two.
+            for a batch of two, ``writes`` and ``stale`` what an operation overwrites (``shapes.infer_values``).
         eval: Graph in eval mode; the same object as ``train`` where both are equal.
         macs: MACs of the eval forward of one image, all operations that ``torch.utils.flop_counter`` knows.
         params: Parameters of the model, each counted once, also of modules that the forward never calls.
@@ -52,6 +54,43 @@ class TracedModel:
         return (self.train,) if self.train is self.eval else (self.train, self.eval)
 
 
+class _Proxy(fx.Proxy):
+    """Records ``y += z`` as what it is: torch.fx would take it for ``y = y + z``, and other names of y for unchanged."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+    def __ipow__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ipow, other)
+
+    def __ifloordiv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ifloordiv, other)
+
+    def __imod__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imod, other)
+
+    def __iand__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iand, other)
+
+    def __ior__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ior, other)
+
+    def __ixor__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ixor, other)
+
+    def _in_place(self, operation: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Keeps every layer that pruning narrows as one node, and remembers where it is."""
 
@@ -59,12 +98,15 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.path: list[str] = []
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        for base in (_ConvNd, nn.Linear, _BatchNorm):
+        for base in _LAYERS:
             # A subclass with the forward of its base (weight standardisation has one of its own) is that layer.
             if isinstance(m, base):
                 own = type(m)
-                torch_class = next(c for c in own.__mro__ if c.__module__.startswith("torch.nn."))
+                torch_class = _torch_class(own)
                 if own.forward is torch_class.forward:
                     return True
         return super().is_leaf_module(m, module_qualified_name)
@@ -91,18 +133,21 @@ def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ..
     _check_model(model)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     replica = _copied(model)
-    graphs = []
-    norms: set[str] = set()
+    graphs, inside = [], set()
     for training in (True, False):
         replica.train(training)
-        graphs.append(_trace_mode(replica, norms))
-    as_plain_norms(replica, norms)
+        graph_module, layers = _trace_mode(replica)
+        graphs.append(graph_module)
+        inside |= layers
+    for layer in inside:
+        # What the subclass does besides stands in the graph; the layer itself is that of its base.
+        layer.__class__ = _torch_class(type(layer))
     train, eval_ = graphs
     if _same(train.graph, eval_.graph):
         eval_ = train
     if train is not eval_:
-        _infer_values(train.train(), inputs)
-    macs = _infer_values(eval_.eval(), inputs)
+        infer_values(train.train(), inputs)
+    macs = infer_values(eval_.eval(), inputs)
     return TracedModel(train, eval_, macs, sum(p.numel() for p in model.parameters()))
 
 
@@ -132,8 +177,8 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _trace_mode(model: nn.Module, norms: set[str]) -> fx.GraphModule:
-    """Adds to ``norms`` the batch norms whose own forward the graph replaces."""
+def _trace_mode(model: nn.Module) -> tuple[fx.GraphModule, set[nn.Module]]:
+    """The graph, and layers with a forward of their own that became calls of their base."""
     tracer = _Tracer()
     try:
         with warnings.catch_warnings():
@@ -147,8 +192,15 @@ def _trace_mode(model: nn.Module, norms: set[str]) -> fx.GraphModule:
             f"is not{_user_line(error)}: {type(error).__name__}: {error}; make its control flow independent of tensor "
             "values, or hide the step behind torch.fx.wrap"
         ) from error
-    norms |= call_norms(graph, tracer.root)
-    return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
+    inside = call_layers(graph, tracer.root)
+    return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__), inside
+
+
+def _torch_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The library's class that a layer is derived from."""
+    return next(
+        c for c in kind.__mro__ if c is FrozenBatchNorm2d or c.__module__.startswith("torch.nn.")
+    )
 
 
 def _get(model: nn.Module, name: str) -> nn.Module:
@@ -169,41 +221,3 @@ def _same(a: fx.Graph, b: fx.Graph) -> bool:
             yield node.op, str(node.target), str(node.args), str(node.kwargs)
 
     return list(form(a)) == list(form(b))
-
-
-class _ValueRecorder(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            value = super().run_node(n)
-        except Exception as error:
-            raise TraceError(
-                f"trace: example_input must fit the model, but {n.op} '{n.target}' fails: {type(error).__name__}: "
-                f"{error}; pass an input of the shape and dtype that the model takes"
-            ) from error
-        n.meta["val"] = value
-        return value
-
-
-def _infer_values(graph_module: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> int:
-    """Store the (fake) value of every node; returns the MACs of one image."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # Fake tensors carry small integers as values: a batch norm would count this run in its real buffer.
-    counters = [(b, b.clone()) for b in graph_module.buffers() if not b.is_floating_point()]
-    with mode:
-        # Two images: batch norm over 1x1 maps needs more than one value a channel.
-        fakes = [torch.empty((2, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs]
-        # The fused attention of nn.MultiheadAttention is one operation that the counter does not know.
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with (
-                FlopCounterMode(display=False) as counter,
-                sdpa_kernel(SDPBackend.MATH),
-                torch.no_grad(),
-            ):
-                _ValueRecorder(graph_module).run(*fakes)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-    for buffer, value in counters:
-        buffer.copy_(value)
-    return counter.get_total_flops() // 4  # two operations a MAC, two images

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from ._modules import require_plain
 from .errors import ConfigError, ModelError, StructureError
-from .narrow import BATCH_NORMS, kind_of
+from .narrow import BATCH_NORMS, INSTANCE_NORMS, TRANSPOSED, is_channelwise, kind_of, widths_of
 from .slim import slim
 from .structure import Structure
 
@@ -107,7 +108,8 @@ def verify(
             else:
                 require_plain("verify", slim_model)
                 narrow = copy.deepcopy(slim_model).double().eval()
-                _copy_batch_norms(dense, narrow, structure)
+                _copy_norms(dense, narrow, structure)
+            _zero_dropped(dense, structure)
             masked_outputs, masked_layers = _run(dense, inputs, structure.layers, seed + trial)
             slim_outputs, slim_layers = _run(narrow, inputs, {}, seed + trial)
             error, where, where_error = _compare(
@@ -156,24 +158,29 @@ def _random_inputs(
 
 
 def _shake(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Give every batch norm a random affine map, and random statistics near those of its input.
+    """Give every norm a random affine map, and batch norms random statistics near those of their input.
 
     Statistics near the true ones keep activations of deep networks in range, which random ones alone would not.
     """
+    for module in model.modules():
+        if is_channelwise(module) and module.weight is not None:
+            module.weight.copy_(torch.rand_like(module.weight) + 0.5)
+            if getattr(module, "bias", None) is not None:
+                module.bias.copy_(0.5 * torch.randn_like(module.bias))
 
-    def shake(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].transpose(0, 1).flatten(1)  # [C, values]
+    def shake(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(iter((*args, *kwargs.values()))).transpose(0, 1).flatten(1)  # [C, values]
         noise = torch.randn(2, x.size(0), dtype=torch.float64, device=x.device)
         if module.running_mean is not None:
             std = x.std(dim=1, correction=0)
             module.running_mean.copy_(x.mean(dim=1) + 0.3 * std * noise[0])
             module.running_var.copy_((std.square() + 1e-3) * noise[1].mul(0.3).exp())
-        if module.weight is not None:
-            module.weight.copy_(torch.rand_like(module.weight) + 0.5)
-            module.bias.copy_(0.5 * torch.randn_like(module.bias))
 
+    tracked = (*BATCH_NORMS, *INSTANCE_NORMS, FrozenBatchNorm2d)
     handles = [
-        m.register_forward_pre_hook(shake) for m in model.modules() if isinstance(m, BATCH_NORMS)
+        m.register_forward_pre_hook(shake, with_kwargs=True)
+        for m in model.modules()
+        if isinstance(m, tracked)
     ]
     try:
         model(*inputs)
@@ -189,24 +196,43 @@ def _shake(model: nn.Module, inputs: tuple[Any, ...]) -> None:
             handle.remove()
 
 
-def _copy_batch_norms(dense: nn.Module, narrow: nn.Module, structure: Structure) -> None:
-    """Give the batch norms of a slim network the kept slices of those of the whole one."""
+def _copy_norms(dense: nn.Module, narrow: nn.Module, structure: Structure) -> None:
+    """Give the norms of a slim network the kept slices of those of the whole one."""
     sources = dict(dense.named_modules(remove_duplicate=False))
     for name, target in narrow.named_modules(remove_duplicate=False):
-        if not isinstance(target, BATCH_NORMS):
+        if not is_channelwise(target):
             continue
         source = sources.get(name)
-        kept = structure.layers.get(name, range(source.num_features if source is not None else 0))
-        if not isinstance(source, BATCH_NORMS) or len(kept) != target.num_features:
+        there = is_channelwise(source)
+        kept = structure.layers.get(name, range(widths_of(source)[1] if there else 0))
+        width = widths_of(target)[1]
+        if not there or len(kept) != width:
             raise StructureError(
-                f"verify: layer {name} must keep {len(kept)} channels in slim_model, got {target.num_features}; "
+                f"verify: layer {name} must keep {len(kept)} channels in slim_model, got {width}; "
                 "pass the slim network of this structure"
             )
         index = torch.tensor(list(kept), device=next(dense.parameters()).device)
         for key in ("weight", "bias", "running_mean", "running_var"):
-            tensor = getattr(target, key)
+            tensor = getattr(target, key, None)
             if tensor is not None:
                 tensor.copy_(getattr(source, key)[index])
+
+
+def _zero_dropped(dense: nn.Module, structure: Structure) -> None:
+    """Dropped rows of weights and biases become 0, since a forward may use them without calling their layer.
+
+    Where it does call it, the hooks of ``_run`` do the same.
+    """
+    modules = dict(dense.named_modules(remove_duplicate=False))
+    for name, kept in structure.layers.items():
+        module = modules[name]
+        dropped = sorted(set(range(widths_of(module)[1])) - set(kept))
+        if isinstance(module, TRANSPOSED):
+            continue  # their output channels are not rows
+        for key in ("weight", "bias"):
+            tensor = module._parameters.get(key)
+            if tensor is not None and dropped:
+                tensor[dropped] = 0
 
 
 def _run(

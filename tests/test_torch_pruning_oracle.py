@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 
 from pfs_fast.analysis import channel_graph
-from pfs_fast.propagate import NONE
+from pfs_fast.propagation import NONE
 
 tp = pytest.importorskip("torch_pruning", reason="needs torch-pruning to compare with")
 
