@@ -37,20 +37,24 @@ def analyse(
     """Find the prunable channel groups of a model.
 
     Args:
-        model: Any fx-traceable module. Not modified.
+        model: Any fx-traceable module. Not modified. It may lie on the meta device, as does the example then: nothing but
+            shapes is looked at.
         example_input: Input as the model takes it, [N, C, ...].
 
     Raises:
         ModelError, TraceError: As ``pfs_fast.trace.trace``.
     """
-    return channel_graph(model, example_input).groups
+    return channel_graph(model, example_input, values=False).groups
 
 
 def channel_graph(
-    model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...]
+    model: nn.Module,
+    example_input: torch.Tensor | tuple[torch.Tensor, ...],
+    *,
+    values: bool = True,
 ) -> ChannelGraph:
-    """``analyse`` with everything that attaching gates needs besides."""
-    traced = trace(model, example_input)
+    """``analyse`` with everything that attaching gates needs besides; ``values`` as in ``trace``."""
+    traced = trace(model, example_input, values=values)
     propagation = Propagation(traced)
     constraints = propagation.constraints
     root = _components(constraints.num_labels, constraints.pairs + constraints.ties)

@@ -18,6 +18,7 @@ from . import rules
 from .analysis import ChannelGraph
 from .gates import GateBank
 from .narrow import NORMS
+from .shapes import memories
 
 _ACTIVATIONS = frozenset({"relu", "relu6", "silu", "hardswish"})
 
@@ -147,6 +148,7 @@ class _Builder:
 
     def rewrite(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         graph = graph_module.graph
+        _reshape_views(graph)
         for node in list(graph.nodes):
             if node.op == "call_method" and node.target == "view":
                 self._allow_layout(node)
@@ -243,6 +245,17 @@ class _Builder:
             and values[0].shape == values[1].shape
             and values[0].dtype == values[1].dtype
         )
+
+
+def _reshape_views(graph: fx.Graph) -> None:
+    """``x.view(n, -1)`` as ``reshape``: in channels_last the elements of an image lie in another order.
+
+    Where a name of the same memory is read after a write, a view stays one.
+    """
+    stale = {m for node in graph.nodes for s in node.meta["stale"] for m in memories(s)}
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not stale & memories(node):
+            node.target = "reshape"
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -119,7 +119,7 @@ def gate_sites(graph: ChannelGraph, chosen: ChannelGroups, scope: str) -> tuple[
     statistics of a later norm would cancel the scale of an earlier gate. A producer whose channels reach the next layer
     past any batch norm is gated itself.
     """
-    units = _UnitsAtNodes(graph, chosen)
+    units = _UnitsAtNodes(graph, chosen, shifts=scope == "all")
     norms = units.last_norms() if scope == "all" else units.first_norms()
     sites = {name: units.at_layer(name) for name in norms}
     for group in chosen.groups:
@@ -134,9 +134,16 @@ def gate_sites(graph: ChannelGraph, chosen: ChannelGroups, scope: str) -> tuple[
 
 
 class _UnitsAtNodes:
-    """The train graph with the gated units at each node."""
+    """The train graph with the gated units at each node.
 
-    def __init__(self, graph: ChannelGraph, chosen: ChannelGroups) -> None:
+    Args:
+        graph: Analysis of the model.
+        chosen: The gated groups.
+        shifts: Take a depthwise convolution with a bias, which would lift a channel off 0, for a norm.
+    """
+
+    def __init__(self, graph: ChannelGraph, chosen: ChannelGroups, *, shifts: bool) -> None:
+        self._shifts = shifts
         self.graph = graph.traced.train.graph
         self.modules = dict(graph.traced.train.named_modules())
         self.layers = {layer.name: layer for layer in chosen.layers}
@@ -167,7 +174,10 @@ class _UnitsAtNodes:
         layer = self.layers.get(node.target)
         if layer is None:
             return "other"
-        return "depthwise" if layer.depthwise else "mix"
+        if not layer.depthwise:
+            return "mix"
+        biased = self.modules[node.target].bias is not None
+        return "norm" if self._shifts and biased else "depthwise"
 
     def last_norms(self) -> set[str]:
         direct = self._reaching()

@@ -6,6 +6,7 @@ their attributes therefore get it without a call; whatever does not look exactly
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from contextlib import nullcontext
@@ -23,15 +24,10 @@ from .errors import TraceError
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid)
 # Operations that multiply no matrices: the counter, which is slow, need not look.
 _FREE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.GELU,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Sigmoid,
+    *_ACTIVATIONS,
     nn.Identity,
     nn.Dropout,
     nn.MaxPool2d,
@@ -57,7 +53,9 @@ _FREE_FUNCTIONS = (
 _FREE_METHODS = frozenset("view reshape permute transpose chunk size mean contiguous".split())
 
 
-def infer_values(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> int:
+def infer_values(
+    graph_module: fx.GraphModule, inputs: tuple[Tensor, ...], *, count: bool = True
+) -> int:
     """Store the value of every node in its ``meta``, for a batch of two.
 
     ``meta["val"]``: a fake tensor, or another value. ``meta["writes"]``: nodes whose tensor the operation overwrites.
@@ -66,9 +64,10 @@ def infer_values(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> in
     Args:
         graph_module: In train or eval mode.
         inputs: Example inputs; shape, dtype and device are used.
+        count: Count MACs, which takes longer.
 
     Returns:
-        int: MACs of one image.
+        int: MACs of one image; less where they are not counted.
 
     Raises:
         TraceError: A node does not take what it gets.
@@ -87,7 +86,7 @@ def infer_values(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> in
         ):
             # Two images: batch norm over 1x1 maps needs more than one value a channel.
             fakes = [torch.empty((2, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs]
-            recorder = _Recorder(graph_module)
+            recorder = _Recorder(graph_module, count)
             recorder.run(*fakes)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -100,11 +99,12 @@ def infer_values(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> in
 class _Recorder(fx.Interpreter):
     """Runs a graph and stores what every node gives."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, count: bool) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
+        self.extra_traceback = False  # the error below says more
+        self._count = count
         self.macs = 0  # of two images
         self._named = dict(graph_module.named_modules())
-        self._macs_of: dict[nn.Module, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         operands = [(s, self.env[s]) for s in n.all_input_nodes]
@@ -121,7 +121,8 @@ class _Recorder(fx.Interpreter):
         return value
 
     def _run(self, n: fx.Node) -> Any:
-        counter = nullcontext() if self._is_free(n) else FlopCounterMode(display=False)
+        counted = self._count and not self._is_free(n)
+        counter = FlopCounterMode(display=False) if counted else nullcontext()
         try:
             with counter:
                 value = super().run_node(n)
@@ -149,11 +150,17 @@ class _Recorder(fx.Interpreter):
         module, x = self._named[n.target], self.env[n.args[0]]
         if not isinstance(x, Tensor) or _has_hooks(module):
             return None
+        if type(module) in _ACTIVATIONS and not getattr(module, "inplace", False):
+            return torch.empty_like(x)
         if type(module) in _NORM_DIMS:
             return self._batch_norm(module, x)
         weight = module._parameters.get("weight")
         if weight is None or weight.dtype != x.dtype or weight.device != x.device:
             return None
+        if type(module) is nn.LayerNorm and x.shape[-len(module.normalized_shape) :] == (
+            module.normalized_shape
+        ):
+            return torch.empty_like(x)
         if type(module) in _CONVOLUTIONS:
             return self._convolution(module, x)
         return self._linear(module, x) if type(module) is nn.Linear else None
@@ -186,7 +193,7 @@ class _Recorder(fx.Interpreter):
         if conv.padding_mode != "zeros" or min(size) < 1:
             return None
         y = x.new_empty((x.size(0), conv.out_channels, *size))
-        self.macs += y.numel() * conv.weight[0].numel()
+        self.macs += y.numel() * math.prod(conv.weight.shape[1:])
         return y
 
     def _linear(self, linear: nn.Linear, x: Tensor) -> Tensor | None:
@@ -210,10 +217,10 @@ def _find_stale(graph: fx.Graph) -> None:
         return
     holders: dict[int, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        for memory in _memories(node):
+        for memory in memories(node):
             holders[memory].append(node)
     for node in graph.nodes:
-        shared = {h: None for w in node.meta["writes"] for m in _memories(w) for h in holders[m]}
+        shared = {h: None for w in node.meta["writes"] for m in memories(w) for h in holders[m]}
         node.meta["stale"] = tuple(
             h
             for h in shared
@@ -221,7 +228,8 @@ def _find_stale(graph: fx.Graph) -> None:
         )
 
 
-def _memories(node: fx.Node) -> set[int]:
+def memories(node: fx.Node) -> set[int]:
+    """What the tensors of a node's value are stored in."""
     value = node.meta["val"]
     values = value if isinstance(value, (tuple, list)) else (value,)
     return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}

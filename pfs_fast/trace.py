@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -26,10 +27,10 @@ from .errors import ModelError, TraceError
 from .functional import call_layers
 from .shapes import infer_values
 
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
+_TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep  # not torchvision
 # Layers that stay one node, also as subclasses with the forward of their base.
 _LAYERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm, FrozenBatchNorm2d)
-_OWN_FOLDER = str(Path(__file__).parent)
+_OWN_FOLDER = str(Path(__file__).parent) + os.sep
 
 
 @dataclass(frozen=True)
@@ -118,19 +119,25 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...]) -> TracedModel:
+def trace(
+    model: nn.Module,
+    example_input: torch.Tensor | tuple[torch.Tensor, ...],
+    *,
+    values: bool = True,
+) -> TracedModel:
     """Trace the forward of a model in train and in eval mode.
 
     Args:
         model: Any fx-traceable module. Not modified.
         example_input: Input as the model takes it, [N, C, ...]; only shape, dtype and device are used. A tuple for
             several inputs.
+        values: The graphs are to be run on numbers, so a model on the meta device is refused.
 
     Raises:
         ModelError: The model is wrapped, cannot be copied, or its parameters lie on several devices.
         TraceError: The forward depends on data, or does not take such an input; the message names the place.
     """
-    _check_model(model)
+    _check_model(model, values)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     replica = _copied(model)
     graphs, inside = [], set()
@@ -146,12 +153,12 @@ def trace(model: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ..
     if _same(train.graph, eval_.graph):
         eval_ = train
     if train is not eval_:
-        infer_values(train.train(), inputs)
+        infer_values(train.train(), inputs, count=False)
     macs = infer_values(eval_.eval(), inputs)
     return TracedModel(train, eval_, macs, sum(p.numel() for p in model.parameters()))
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, values: bool) -> None:
     """Refuse what cannot be copied and traced as a plain module."""
     require_plain("trace", model)
     tensors = [*model.parameters(), *model.buffers()]
@@ -160,7 +167,7 @@ def _check_model(model: nn.Module) -> None:
         raise ModelError(
             f"trace: model must lie on one device, got tensors on {', '.join(devices)}; use model.to(device)"
         )
-    if devices == ["meta"]:
+    if values and devices == ["meta"]:
         raise ModelError(
             "trace: model must hold values, got tensors on the meta device; use model.to_empty() and initialise it"
         )
@@ -190,7 +197,7 @@ def _trace_mode(model: nn.Module) -> tuple[fx.GraphModule, set[nn.Module]]:
         raise TraceError(
             f"trace: model must be traceable by torch.fx, but module '{where}' ({type(_get(model, where)).__name__}) "
             f"is not{_user_line(error)}: {type(error).__name__}: {error}; make its control flow independent of tensor "
-            "values, or hide the step behind torch.fx.wrap"
+            "values, hide the step behind torch.fx.wrap, or pass a part without it, as the backbone of a detector"
         ) from error
     inside = call_layers(graph, tracer.root)
     return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__), inside
