@@ -6,7 +6,6 @@ first seed. A failure is thinned out to the blocks that it needs and printed wit
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections import Counter
@@ -52,7 +51,7 @@ def test_random_networks_are_cut_exactly(part):
         except Exception as error:
             pytest.fail(_report(blocks, seed, error))
     # A test of networks that nothing can be cut from would prove nothing.
-    assert tally["cut"] >= 0.6 * len(seeds) and tally["dropped"] >= 5 * len(seeds)
+    assert tally["cut"] >= 0.6 * len(seeds) and tally["dropped"] >= 3 * len(seeds)
 
 
 def check(blocks: Sequence[Block], seed: int) -> Counter[str]:
@@ -64,20 +63,21 @@ def check(blocks: Sequence[Block], seed: int) -> Counter[str]:
     base = CostModel(graph.groups).base
     assert base == counted(net, inputs), f"predicted {base}, counted {counted(net, inputs)}"
     tally: Counter[str] = Counter()
-    for scope in SCOPES:
+    for turn, scope in enumerate(SCOPES):
         try:
             groups = gated_groups(graph, net, scope)
         except ModelError:  # nothing to gate
             continue
         check_partition(groups)
         model = CostModel(groups)
-        for keep in (solved(groups, model, rng), at_random(groups, model, rng)):
-            structure = Structure.from_keep(groups, keep, model)
-            verify(net, None, structure, inputs, trials=1, rtol=RTOL, seed=seed)
-            cost = counted(slim(net, structure, "inherit"), inputs)
-            assert cost == (structure.macs, structure.params), f"{cost} counted, {structure}"
-            tally["dropped"] += int((~keep).sum())
-            tally["structures"] += 1
+        # Each scope by the solver in every other network, and by chance in the rest.
+        keep = (solved, at_random)[(seed // 2 + turn) % 2](groups, model, rng)
+        structure = Structure.from_keep(groups, keep, model)
+        verify(net, None, structure, inputs, trials=1, rtol=RTOL, seed=seed)
+        cost = counted(slim(net, structure, "inherit"), inputs)
+        assert cost == (structure.macs, structure.params), f"{cost} counted, {structure}"
+        tally["dropped"] += int((~keep).sum())
+        tally["structures"] += 1
     if graph.groups.groups:
         tally["cut"] = 1
         check_gates_at_one(net, inputs, graph, SCOPES[seed % 2])
@@ -138,7 +138,7 @@ def at_random(groups: ChannelGroups, model: CostModel, rng: np.random.Generator)
 def counted(net: RandomNet, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
     """MACs of one image and parameters, by PyTorch's own counter on a real run."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(net).eval()(*inputs)
+        net.eval()(*inputs)
     return counter.get_total_flops() // (2 * len(inputs[0])), sum(
         p.numel() for p in net.parameters()
     )
