@@ -183,7 +183,7 @@ class Builder:
 
 _MODULES = [
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.ELU, nn.Tanh, nn.PReLU, nn.Identity, nn.Mish,
-    lambda: nn.LeakyReLU(0.1), lambda: nn.Hardtanh(-1, 2), lambda: nn.Dropout(0.3), lambda: nn.Softshrink(0.1),
+    lambda: nn.LeakyReLU(0.1), lambda: nn.Hardtanh(-1, 2), lambda: nn.Dropout(0.0), lambda: nn.Softshrink(0.1),
 ]  # fmt: skip
 _FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     F.relu, torch.relu, torch.tanh, F.silu, F.gelu, F.hardswish, F.relu6, torch.abs, torch.neg,

@@ -155,7 +155,6 @@ def check_gates_at_one(net: RandomNet, inputs: tuple[Tensor, ...], graph, scope:
     for training in (False, True):  # a forward in train mode changes running statistics
         outputs = []
         for network in (net, gated):
-            torch.manual_seed(0)  # the same dropout in both
             with torch.no_grad():
                 result = network.train(training)(*(x.clone() for x in inputs))
             outputs.append(result if isinstance(result, tuple) else (result,))
