@@ -156,7 +156,7 @@ def _resnet_1d() -> nn.Module:
 # About the smallest of each family, large ones last. A colon gives the image size where 64 is not legal, or too small for the network.
 _TIMM = """
     gernet_s repvgg_a0 mobileone_s0 resnext26ts seresnext26ts eca_resnext26ts gcresnext26ts bat_resnext26ts:128
-    regnetz_b16 resnet32ts resnet51q botnet26t_256:256 halonet26t:128 lambda_resnet26t:128 sebotnet33ts_256:256
+    regnetz_b16 resnet32ts resnet51q botnet26t_256:256 halonet26t:256 lambda_resnet26t:128 sebotnet33ts_256:256
     convmixer_768_32 convnext_atto convnextv2_atto convnext_zepto_rms cspresnet50 cspresnext50 cspdarknet53
     cs3darknet_focus_s cs3sedarknet_l darknet17 darknetaa53 cspnext_tiny densenet121 densenetblur121d dla34 dla46x_c
     dla60_res2net dla60_res2next dpn48b dpn68 edgenext_xx_small efficientformer_l1:224 efficientformerv2_s0:224
