@@ -82,10 +82,15 @@ class _Graph:
                 zero[node] = affine and zero.get(node.args[0], False) and _no_shift(module)
             elif self._depthwise(node):
                 zero[node] = zero.get(node.args[0], False) and _no_shift(_conv(module))
-            elif not sources or self._mixes(node) or name in rules.ELEMENTWISE:
+            elif not sources or self._mixes(node) or name in rules.LIFTING:
                 zero[node] = False
             elif name in rules.MULTIPLICATIVE:
                 zero[node] = any(zero[s] for s in sources)
+            elif name in rules.ADDITIVE | rules.EXTREMES:
+                operands = node.args[:2]
+                zero[node] = all(
+                    zero.get(a, False) if isinstance(a, fx.Node) else a == 0 for a in operands
+                )
             else:
                 zero[node] = all(zero[s] for s in sources)
         return zero

@@ -54,6 +54,12 @@ def call_layers(graph: fx.Graph, root: nn.Module) -> set[nn.Module]:
     return inside
 
 
+def is_same_padded(module: nn.Module) -> bool:
+    """timm's convolution that pads with zeros as TensorFlow does: a convolution whose padding its input decides."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__name__}" == "timm.layers.conv2d_same.Conv2dSame"
+
+
 def _same_convolution(module: nn.Module, options: dict[str, Any]) -> bool:
     def spread(value: Any) -> Any:
         return (

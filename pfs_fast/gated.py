@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from . import rules
 from .analysis import ChannelGraph
+from .functional import is_same_padded
 from .gates import GateBank
 from .narrow import NORMS
 from .shapes import memories
@@ -150,9 +151,7 @@ class _Builder:
         graph = graph_module.graph
         _reshape_views(graph)
         for node in list(graph.nodes):
-            if node.op == "call_method" and node.target == "view":
-                self._allow_layout(node)
-            if node.op != "call_module":
+            if node.op != "call_module" or node.meta["hooked"]:
                 continue
             module = self._modules[node.target]
             if isinstance(module, _BatchNorm):
@@ -178,17 +177,12 @@ class _Builder:
             self._modules[target] = module
         return self._targets[kind, name]
 
-    @staticmethod
-    def _allow_layout(node: fx.Node) -> None:
-        """``view`` as ``reshape``: channels_last maps cannot be viewed as the model's contiguous ones can."""
-        if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
-            node.target = "reshape"
-
     def _freeze(self, node: fx.Node, module: nn.Module) -> None:
         name = node.target
         plain = (
             isinstance(module, _ConvNd)
             and not isinstance(module, _ConvTransposeNd)
+            and not is_same_padded(module)
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
         )

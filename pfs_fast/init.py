@@ -204,4 +204,5 @@ _RULES: dict[str, Rule] = {
     "torchvision.models.resnet.ResNet": _for_each(_conv_fan_out),
     "torchvision.models.squeezenet.SqueezeNet": _squeezenet,
     "torchvision.models.vgg.VGG": _for_each(_conv_fan_out_linear_normal),
+    "torchvision.models.video.resnet.VideoResNet": _for_each(_conv_fan_out_linear_normal),
 }

@@ -51,6 +51,8 @@ PIECES = frozenset(
 CHANNEL_SHUFFLE = frozenset("channelshuffle channel_shuffle native_channel_shuffle".split())
 REDUCTION = frozenset("mean sum amax amin std var".split())
 SOFTMAX = frozenset("softmax log_softmax softmin logsoftmax".split())
+# A channel of zeros may come out as something else.
+LIFTING = ELEMENTWISE | SOFTMAX
 CONCATENATION = frozenset("cat concat concatenate".split())
 # Only dtype and device are taken from the operand.
 FACTORY = frozenset("new_empty new_zeros new_ones new_full new_tensor".split())

@@ -230,7 +230,7 @@ class _UnitsAtNodes:
             name = rules.plain_name(node, module) if node.op.startswith("call") else ""
             if kind == "norm":
                 gated[node] = True
-            elif kind == "mix" or name in rules.ELEMENTWISE or not sources:
+            elif kind == "mix" or name in rules.LIFTING or not sources:
                 gated[node] = False
             elif name in rules.MULTIPLICATIVE:
                 gated[node] = any(gated[s] for s in sources)

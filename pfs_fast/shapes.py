@@ -59,7 +59,8 @@ def infer_values(
     """Store the value of every node in its ``meta``, for a batch of two.
 
     ``meta["val"]``: a fake tensor, or another value. ``meta["writes"]``: nodes whose tensor the operation overwrites.
-    ``meta["stale"]``: nodes that share memory with those, or are those, and are read later.
+    ``meta["stale"]``: nodes that share memory with those, or are those, and are read later. ``meta["hooked"]``: forward
+    hooks change what a module takes or gives.
 
     Args:
         graph_module: In train or eval mode.
@@ -109,6 +110,7 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         operands = [(s, self.env[s]) for s in n.all_input_nodes]
         before = [v._version if isinstance(v, Tensor) else 0 for _, v in operands]
+        n.meta["hooked"] = False
         value = self._known(n)
         if value is None:
             value = self._run(n)
@@ -123,8 +125,9 @@ class _Recorder(fx.Interpreter):
     def _run(self, n: fx.Node) -> Any:
         counted = self._count and not self._is_free(n)
         counter = FlopCounterMode(display=False) if counted else nullcontext()
+        hooked = n.op == "call_module" and _has_hooks(self._named[n.target])
         try:
-            with counter:
+            with counter, _Watch(self._named[n.target]) if hooked else nullcontext() as watch:
                 value = super().run_node(n)
         except Exception as error:
             raise TraceError(
@@ -133,6 +136,8 @@ class _Recorder(fx.Interpreter):
             ) from error
         if isinstance(counter, FlopCounterMode):
             self.macs += counter.get_total_flops() // 2
+        if hooked:
+            n.meta["hooked"] = watch.changed(self.fetch_args_kwargs_from_env(n)[0], value)
         return value
 
     def _is_free(self, n: fx.Node) -> bool:
@@ -202,6 +207,43 @@ class _Recorder(fx.Interpreter):
         y = x.new_empty((*x.shape[:-1], linear.out_features))
         self.macs += y.numel() * linear.in_features
         return y
+
+
+class _Watch:
+    """Whether the forward hooks of a module change what it takes or gives: the graph shows the module without them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._args: tuple[Any, ...] = ()
+        self._output: Any = None
+        self._version = 0
+
+    def __enter__(self) -> _Watch:
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._args = args
+
+        def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            self._output, self._version = output, getattr(output, "_version", 0)
+
+        self._handles = (
+            self._module.register_forward_pre_hook(before),
+            self._module.register_forward_hook(after, prepend=True),
+        )
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def changed(self, args: tuple[Any, ...], output: Any) -> bool:
+        taken = len(args) == len(self._args) and all(
+            a is b for a, b in zip(args, self._args, strict=True)
+        )
+        return (
+            not taken
+            or output is not self._output
+            or getattr(output, "_version", 0) != self._version
+        )
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -97,7 +97,9 @@ def narrow_to(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.M
                 f"narrow_to: layer {name} must have at least {entry['in']} inputs and {entry['out']} outputs, got "
                 f"{width_in} and {width_out}; pass the whole network that was slimmed"
             )
-        plan[name] = _leading_channels(name, module, entry)
+        kept = _leading_channels(name, module, entry)
+        if (entry["in"], entry["out"]) != (width_in, width_out):
+            plan[name] = kept
     narrow_layers("narrow_to", narrow, plan)
     return narrow
 

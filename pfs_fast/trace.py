@@ -12,7 +12,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ._modules import require_plain
 from .errors import ModelError, TraceError
-from .functional import call_layers
+from .functional import call_layers, is_same_padded
 from .shapes import infer_values
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep  # not torchvision
@@ -43,12 +43,14 @@ class TracedModel:
         eval: Graph in eval mode; the same object as ``train`` where both are equal.
         macs: MACs of the eval forward of one image, all operations that ``torch.utils.flop_counter`` knows.
         params: Parameters of the model, each counted once, also of modules that the forward never calls.
+        opaque: Modules that could not be traced and are one node each: name -> why. Their channels are held whole.
     """
 
     train: fx.GraphModule
     eval: fx.GraphModule
     macs: int
     params: int
+    opaque: dict[str, str] = field(default_factory=dict)
 
     @property
     def graphs(self) -> tuple[fx.GraphModule, ...]:
@@ -95,14 +97,17 @@ class _Proxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     """Keeps every layer that pruning narrows as one node, and remembers where it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, opaque: set[type[nn.Module]]) -> None:
         super().__init__()
         self.path: list[str] = []
+        self._opaque = opaque
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) in self._opaque or is_same_padded(m):
+            return True
         for base in _LAYERS:
             # A subclass with the forward of its base (weight standardisation has one of its own) is that layer.
             if isinstance(m, base):
@@ -140,22 +145,59 @@ def trace(
     _check_model(model, values)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     replica = _copied(model)
-    graphs, inside = [], set()
-    for training in (True, False):
-        replica.train(training)
-        graph_module, layers = _trace_mode(replica)
-        graphs.append(graph_module)
-        inside |= layers
+    graphs, inside, untraceable = _trace_modes(replica)
     for layer in inside:
         # What the subclass does besides stands in the graph; the layer itself is that of its base.
         layer.__class__ = _torch_class(type(layer))
     train, eval_ = graphs
     if _same(train.graph, eval_.graph):
         eval_ = train
-    if train is not eval_:
-        infer_values(train.train(), inputs, count=False)
-    macs = infer_values(eval_.eval(), inputs)
-    return TracedModel(train, eval_, macs, sum(p.numel() for p in model.parameters()))
+    try:
+        if train is not eval_:
+            infer_values(train.train(), inputs, count=False)
+        macs = infer_values(eval_.eval(), inputs)
+    except TraceError:
+        if untraceable:  # not for their sizes alone, as it now turns out
+            raise next(iter(untraceable.values())) from None
+        raise
+    opaque = {
+        name: f"module '{name}' ({type(module).__name__}) cannot be traced"
+        for name, module in replica.named_modules()
+        if type(module) in untraceable
+    }
+    return TracedModel(train, eval_, macs, sum(p.numel() for p in model.parameters()), opaque)
+
+
+def _trace_modes(
+    model: nn.Module,
+) -> tuple[list[fx.GraphModule], set[nn.Module], dict[type[nn.Module], TraceError]]:
+    """Graphs in train and eval mode, layers with a forward of their own, and classes that had to stay one node.
+
+    A module whose forward asks for sizes (``if x.size(2) != 7``) cannot be traced, but run as it is.
+    """
+    untraceable: dict[type[nn.Module], TraceError] = {}
+    while True:
+        graphs, inside = [], set()
+        try:
+            for training in (True, False):
+                model.train(training)
+                graph_module, layers = _trace_mode(model, set(untraceable))
+                graphs.append(graph_module)
+                inside |= layers
+            return graphs, inside, untraceable
+        except _Untraceable as error:
+            kind = type(error.module)
+            if error.module is model or kind in untraceable or kind.__module__.startswith("torch."):
+                raise next(iter(untraceable.values()), error.error) from None
+            untraceable[kind] = error.error
+
+
+class _Untraceable(Exception):
+    """A module that torch.fx does not trace, and the error that says so."""
+
+    def __init__(self, module: nn.Module, error: TraceError) -> None:
+        super().__init__(str(error))
+        self.module, self.error = module, error
 
 
 def _check_model(model: nn.Module, values: bool) -> None:
@@ -184,9 +226,11 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _trace_mode(model: nn.Module) -> tuple[fx.GraphModule, set[nn.Module]]:
+def _trace_mode(
+    model: nn.Module, opaque: set[type[nn.Module]]
+) -> tuple[fx.GraphModule, set[nn.Module]]:
     """The graph, and layers with a forward of their own that became calls of their base."""
-    tracer = _Tracer()
+    tracer = _Tracer(opaque)
     try:
         with warnings.catch_warnings():
             # What traced control flow warns of becomes an error below if it matters.
@@ -194,11 +238,14 @@ def _trace_mode(model: nn.Module) -> tuple[fx.GraphModule, set[nn.Module]]:
             graph = tracer.trace(model)
     except Exception as error:  # whatever the user's forward raises under tracing
         where = tracer.path[-1] if tracer.path else "the model itself"
-        raise TraceError(
-            f"trace: model must be traceable by torch.fx, but module '{where}' ({type(_get(model, where)).__name__}) "
+        module = _get(model, where)
+        named = TraceError(
+            f"trace: model must be traceable by torch.fx, but module '{where}' ({type(module).__name__}) "
             f"is not{_user_line(error)}: {type(error).__name__}: {error}; make its control flow independent of tensor "
             "values, hide the step behind torch.fx.wrap, or pass a part without it, as the backbone of a detector"
-        ) from error
+        )
+        named.__cause__ = error
+        raise _Untraceable(module, named) from error
     inside = call_layers(graph, tracer.root)
     return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__), inside
 

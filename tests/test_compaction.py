@@ -52,6 +52,24 @@ class SqueezeExcite(nn.Module):
         return self.fc(self.head(x * scale).mean((2, 3)))
 
 
+class Regrouped(nn.Module):
+    """Norm groups, a transposed convolution, shuffles and a norm that carries its activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 24, 3, 2, 1), nn.GroupNorm(12, 24)
+        self.up, self.shuffle = nn.ConvTranspose2d(24, 24, 2), nn.PixelShuffle(2)
+        self.b = nn.Conv2d(6, 24, 3, 2, 1)
+        self.mix = nn.ChannelShuffle(2)
+        self.c, self.instance = nn.Conv2d(24, 16, 3), nn.InstanceNorm2d(16, affine=True)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.up(torch.relu(self.norm(self.a(x)))))
+        x = self.mix(torch.relu(self.b(self.shuffle(x))))
+        return self.fc(torch.relu(self.instance(self.c(x))).mean((2, 3)))
+
+
 def batches(size: int = 16) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
@@ -93,6 +111,7 @@ MODELS = {
     "concatenation": Inception,
     "squeeze_excite": SqueezeExcite,
 }
+REGROUPED = {"regrouped": Regrouped}  # none of its few gates dies in so few steps
 # Their gates get gradients only through batch norm's eps, so two runs that round differently drift apart within tens of
 # steps, whole or compacted; a single step shows that nothing else changes.
 MOBILE = {
@@ -119,10 +138,10 @@ def test_compacted_search_ends_with_the_same_gates(name: str, scope: str, eager:
 
 
 @pytest.mark.parametrize("scope", ["paper", "all"])
-@pytest.mark.parametrize("name", [*MODELS, *MOBILE])
+@pytest.mark.parametrize("name", [*MODELS, *MOBILE, *REGROUPED])
 def test_leaving_dead_channels_out_keeps_loss_and_gradients(name: str, scope: str) -> None:
     torch.manual_seed(3)
-    network, bank, groups, sites, absorbs = gated((MODELS | MOBILE)[name](), scope)
+    network, bank, groups, sites, absorbs = gated((MODELS | MOBILE | REGROUPED)[name](), scope)
     bank.state.values.uniform_(0.2, 1.0)
     dead = torch.rand(groups.num_units) < 0.4
     bank.state.values[dead] = 0.0

@@ -201,6 +201,21 @@ FORMS = {
     "train and eval forward differ": Net(
         lambda m, x: m.fc(F.relu(m.n(m.a(x)))) if m.training else m.fc(2 * F.relu(m.n(m.a(x)))), a=conv(3, 4), n=nn.BatchNorm2d(4), fc=head(4)
     ),
+    "norms of other kinds": nn.Sequential(
+        conv(3, 4), nn.GroupNorm(2, 4), nn.ReLU(), conv(4, 6), nn.InstanceNorm2d(6, affine=True), nn.PReLU(6),
+        conv(6, 4), torchvision.ops.FrozenBatchNorm2d(4), nn.SiLU(), conv(4, 6), nn.GLU(1), head(3)
+    ),
+    "transposed convolutions and shuffles": nn.Sequential(
+        cbr(3, 8), nn.PixelShuffle(2), nn.ConvTranspose2d(2, 6, 3, groups=2), nn.ReLU(), nn.ChannelShuffle(3),
+        nn.PixelUnshuffle(2), conv(24, 4), head(4)
+    ),
+    "functional forms": Net(
+        lambda m, x: m.fc(F.relu(F.conv2d(F.relu(m.a(x)), m.b.weight, m.b.bias, padding=1))),
+        a=conv(3, 4), b=nn.Conv2d(4, 5, 3, padding=1), fc=head(5)
+    ),
+    "view in channels_last": Net(
+        lambda m, x: m.fc((lambda y: y.view(y.size(0), -1))(F.relu(m.a(x)))), a=conv(3, 4), fc=nn.Linear(100, 4)
+    ),
     "dict of outputs": Net(
         lambda m, x: {"logits": m.fc(m.n(m.a(x))), "features": m.b(x)}, a=conv(3, 4), b=conv(3, 4), n=nn.BatchNorm2d(4), fc=head(4)
     ),
@@ -217,6 +232,15 @@ def test_gated_network_equals_every_form_of_model(form, kernels):
     for mode in (True, False):
         network.train(mode), model.train(mode)
         assert_same(network(x), model(x))
+
+
+def test_gated_network_runs_hooks_that_change_what_a_layer_gives():
+    model = nn.Sequential(cbr(3, 4), conv(4, 5), nn.BatchNorm2d(5), conv(5, 4), head(4)).double()
+    model[1].register_forward_hook(lambda m, args, y: 2 * y + 1)
+    model[2].register_forward_pre_hook(lambda m, args: (args[0].square(),))
+    x = torch.randn(3, 3, 5, 5, dtype=torch.float64)
+    network, _ = gate(model, x)
+    assert_same(network(x), model(x))
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)

@@ -66,6 +66,24 @@ def view_of_written(m, x):
     return m.fc(m.b(flat[:, :, None, None]))
 
 
+def hooked(*hooks) -> nn.Module:
+    model = Net(lambda m, x: m.fc(m.b(m.a(x))), a=conv(3, 6), b=conv(6, 5), fc=head(5))
+    for hook in hooks:
+        model.b.register_forward_hook(hook)
+    return model
+
+
+class SizeDependent(nn.Module):
+    """Cannot be traced, but run: its control flow asks for sizes only."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) if x.size(2) > 3 else x
+
+
 class NormAct(nn.BatchNorm2d):
     """Batch norm and activation in one module, as timm has it."""
 
@@ -429,6 +447,9 @@ CASES = {
         {},
         {"a": f"{NOT_ZERO} 'fc.2'"},
     ),
+    "branches summed from 0": Case(
+        Net(lambda m, x: m.fc(sum([m.a(x), m.b(x)])), **two), {AB: 6}, residual=(AB,)
+    ),
     "clamp at 0": Case(
         Net(lambda m, x: m.fc(m.a(x).clamp(min=0)), a=conv(3, 6), fc=head(6)), {A: 6}
     ),
@@ -763,6 +784,42 @@ CASES = {
         ),
         {("b.0",): 5},
         {"a": r"a parameter of layer 'a' is read by the forward itself"},
+    ),
+    "control flow by sizes": Case(
+        nn.Sequential(
+            cbr(3, 6), SizeDependent(conv(6, 5)), cbr(5, 4), SizeDependent(conv(4, 4)), head(4)
+        ),
+        {},
+        {
+            "0.0": r"module '1' \(SizeDependent\) cannot be traced",
+            "2.0": r"module '3' \(SizeDependent\) cannot be traced",
+            "4.2": OUTPUT,
+        },
+        head=False,
+    ),
+    "layer that an untraceable module calls too": Case(
+        (
+            lambda inner: Net(
+                lambda m, x: m.fc(m.b(m.a(x)) + m.s(x.repeat(1, 2, 1, 1))),
+                a=cbr(3, 6),
+                b=inner,
+                s=SizeDependent(inner),
+                fc=head(5),
+            )
+        )(conv(6, 5)),
+        {},
+        {"a.0": "read by 's'", "b": "cannot be traced|read by 's'"},
+    ),
+    "hook that looks": Case(hooked(lambda m, x, y: None), {A: 6, ("b",): 5}),
+    "hook that changes": Case(
+        hooked(lambda m, x, y: None, lambda m, x, y: y - y.mean(1, keepdim=True)),
+        {},
+        {"a": "a forward hook of 'b' changes"},
+    ),
+    "hook that changes in place": Case(
+        hooked(lambda m, x, y: y.sigmoid_()),
+        {},
+        {"a": "a forward hook of 'b' changes"},
     ),
     "sum in place, the other name is read": Case(
         Net(other_name, a=conv(3, 6), b=conv(3, 6), c=conv(12, 5), fc=head(5)),

@@ -23,7 +23,9 @@ def binary(call: Call) -> Any:
     operands = [a for a in args if isinstance(a, Value)]
     aligned = [(v, None if v.dim is None else v.dim + len(shape) - len(v.shape)) for v in operands]
     labelled = [(v, d) for v, d in aligned if d is not None]
-    zero = all(v.zero and v.dim is not None for v in operands) and len(operands) == 2
+    zero = all(v.zero and v.dim is not None for v in operands)
+    if len(operands) == 1:  # the other is a number: x + 0 keeps zeros, x + 1 does not
+        zero = zero and call.maps_zero_to_zero()
     if call.name in rules.MULTIPLICATIVE:
         zero = any(v.zero for v, _ in labelled)
     elif call.name in rules.DIVISION:  # 0 / x, never x / 0

@@ -33,6 +33,7 @@ class Propagation:
         self.constraints = Constraints()
         self.outputs: dict[tuple[int, str], Value] = {}
         self._modules = dict(traced.train.named_modules())
+        self._opaque = traced.opaque
         self._shared = _read_elsewhere(traced)
         self._index = 0
         self.sizes = Sizes(lambda node: self.outputs.get((self._index, node.name)))
@@ -76,6 +77,10 @@ class Propagation:
             call.fix_all(args, "it is an output of the network")
             self._fix_counted(call)
             return None
+        if module is not None and node.target in self._opaque:
+            return call.refuse(self._opaque[node.target])
+        if node.meta["hooked"]:
+            return call.refuse(f"a forward hook of '{node.target}' changes what it takes or gives")
         rule = layer_rule(module)
         if rule is not None:
             return rule(call)
@@ -147,9 +152,17 @@ def _read_elsewhere(traced: TracedModel) -> dict[str, str]:
         if len(names) > 1
         for name in names
     }
+    modules = dict(traced.train.named_modules())
+    hidden = {
+        id(p): name for name in traced.opaque if name in modules for p in modules[name].parameters()
+    }
     for graph_module in traced.graphs:
         for node in graph_module.graph.nodes:
-            if node.op == "get_attr":
+            if node.op == "call_module" and node.target not in traced.opaque:
+                for parameter in modules.get(node.target, nn.Module()).parameters(recurse=False):
+                    if id(parameter) in hidden:
+                        found.setdefault(node.target, f"'{hidden[id(parameter)]}'")
+            elif node.op == "get_attr":
                 tensor = _attribute(graph_module, node.target)
                 for name in holders.get(id(tensor), ()):
                     found.setdefault(name, f"the forward itself ('{node.name}')")
