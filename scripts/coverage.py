@@ -36,6 +36,7 @@ def main() -> int:
 
     chosen = [n for n in networks(tuple(args.suite)) if _named(n.name, n.key, args.names)]
     done = {} if args.again else read_records(args.records)
+    chosen.sort(key=lambda network: network.key in done)  # what has not been tried comes first
     started = time.monotonic()
     for network in chosen:
         old = done.get(network.key)
