@@ -87,7 +87,7 @@ class _Graph:
             elif name in rules.MULTIPLICATIVE:
                 zero[node] = any(zero[s] for s in sources)
             elif name in rules.ADDITIVE | rules.EXTREMES:
-                operands = node.args[:2]
+                operands = (*node.args, *node.kwargs.values())
                 zero[node] = all(
                     zero.get(a, False) if isinstance(a, fx.Node) else a == 0 for a in operands
                 )

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .counting import quiet_fake_tensors
 from .errors import TraceError
 
+IMAGES = 2  # batch norm over 1x1 maps needs more than one value a channel
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid)
@@ -60,7 +61,8 @@ def infer_values(
 
     ``meta["val"]``: a fake tensor, or another value. ``meta["writes"]``: nodes whose tensor the operation overwrites.
     ``meta["stale"]``: nodes that share memory with those, or are those, and are read later. ``meta["hooked"]``: forward
-    hooks change what a module takes or gives.
+    hooks change what a module takes or gives. ``meta["images"]``: how many images a value stands for; 1 where it depends on
+    parameters alone.
 
     Args:
         graph_module: In train or eval mode.
@@ -85,8 +87,9 @@ def infer_values(
             quiet_fake_tensors(),
             torch.no_grad(),
         ):
-            # Two images: batch norm over 1x1 maps needs more than one value a channel.
-            fakes = [torch.empty((2, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs]
+            fakes = [
+                torch.empty((IMAGES, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs
+            ]
             recorder = _Recorder(graph_module, count)
             recorder.run(*fakes)
     finally:
@@ -94,7 +97,7 @@ def infer_values(
         for buffer, value in counters:
             buffer.copy_(value)
     _find_stale(graph_module.graph)
-    return recorder.macs // 2
+    return recorder.macs // IMAGES
 
 
 class _Recorder(fx.Interpreter):
@@ -104,16 +107,21 @@ class _Recorder(fx.Interpreter):
         super().__init__(graph_module, garbage_collect_values=False)
         self.extra_traceback = False  # the error below says more
         self._count = count
-        self.macs = 0  # of two images
+        self.macs = 0  # of all images
         self._named = dict(graph_module.named_modules())
 
     def run_node(self, n: fx.Node) -> Any:
         operands = [(s, self.env[s]) for s in n.all_input_nodes]
         before = [v._version if isinstance(v, Tensor) else 0 for _, v in operands]
         n.meta["hooked"] = False
+        counted = self.macs
         value = self._known(n)
         if value is None:
             value = self._run(n)
+        batched = n.op == "placeholder" or any(s.meta["images"] > 1 for s in n.all_input_nodes)
+        n.meta["images"] = IMAGES if batched else 1
+        if not batched:  # computed from parameters alone: one image alone costs as much
+            self.macs += (IMAGES - 1) * (self.macs - counted)
         n.meta["val"] = value
         n.meta["writes"] = tuple(
             s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from exactness import random_keep
@@ -18,7 +20,7 @@ from pfs_fast.structure import Structure
 def test_gates_of_zero_and_one_are_the_slim_network(name):
     case = CASES[name]
     torch.manual_seed(0)
-    model = shaken(case.model).eval()
+    model = shaken(copy.deepcopy(case.model)).eval()
     inputs = tuple(torch.randn(2, *shape[1:], dtype=torch.float64) for shape in case.inputs)
     example = inputs if len(inputs) > 1 else inputs[0]
     groups = analyse(model, example)

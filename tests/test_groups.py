@@ -73,6 +73,14 @@ def hooked(*hooks) -> nn.Module:
     return model
 
 
+def folded(m, x):
+    """Groups of channels as images, as shuffle attention has them."""
+    y = m.a(x)
+    n, _, h, w = y.shape
+    z = m.c(y.reshape(n * 2, -1, h, w))
+    return m.fc(m.b(z.reshape(n, -1, h, w)))
+
+
 class SizeDependent(nn.Module):
     """Cannot be traced, but run: its control flow asks for sizes only."""
 
@@ -809,6 +817,11 @@ CASES = {
         )(conv(6, 5)),
         {},
         {"a.0": "read by 's'", "b": "cannot be traced|read by 's'"},
+    ),
+    "groups in the batch dimension": Case(
+        Net(folded, a=conv(3, 12), c=cbr(6, 4), b=cbr(8, 5), fc=head(5)),
+        {A: 6, ("c.0",): 4, ("b.0",): 5},
+        per_unit={A: 2},
     ),
     "hook that looks": Case(hooked(lambda m, x, y: None), {A: 6, ("b",): 5}),
     "hook that changes": Case(

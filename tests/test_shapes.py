@@ -131,6 +131,17 @@ def test_shapes_and_macs_are_those_of_a_real_run(kind):
         assert traced.macs == pfs.count(model, x[:1]).macs
 
 
+def test_what_does_not_depend_on_the_images_counts_in_full_for_one():
+    model = Net(
+        lambda m, x: m.fc(m.a(x)) + m.b(m.table).mean(0),
+        a=conv(3, 4),
+        b=nn.Linear(5, 4),
+        table=nn.Parameter(torch.rand(7, 5)),
+        fc=head(4),
+    )
+    assert trace(model, IMAGE).macs == pfs.count(model, IMAGE).macs == 36 * 27 * 4 + 16 + 7 * 20
+
+
 def test_hooks_of_a_layer_are_run():
     model = nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(18, 2))
     model[0].register_forward_hook(lambda m, args, y: y[..., ::2, ::2][:, :2])

@@ -40,7 +40,7 @@ PARTLY = {
     "vit_l_32": (24, "normalises over channels|not understood|fixed places|fixed size"),
 }
 # About the smallest images that they take; the blocks of MaxViT and the position tables of ViT stand for one size.
-SIZES = {"alexnet": 64, "inception_v3": 128, "maxvit_t": 224, "squeezenet1_0": 48, "squeezenet1_1": 48}  # fmt: skip
+SIZES = {"alexnet": 64, "inception_v3": 299, "maxvit_t": 224, "squeezenet1_0": 48, "squeezenet1_1": 48}  # fmt: skip
 
 
 def network(name: str) -> torch.nn.Module:

@@ -5,11 +5,16 @@ import dataclasses
 
 import pytest
 import torch
+from exactness import random_keep
+from small_nets import Net2
 from test_slim import CONV, NET, Net, broken, structure
 from torch import nn
 
+from pfs_fast.analysis import analyse
+from pfs_fast.cost import CostModel
 from pfs_fast.errors import ConfigError, ModelError, StructureError
 from pfs_fast.slim import slim
+from pfs_fast.structure import Structure
 from pfs_fast.verify import verify
 
 X = torch.zeros(8, 3, 2, 2)  # several images, so that no channel is 0 after ReLU for all
@@ -121,6 +126,36 @@ def test_in_place_activations_and_nested_outputs_are_compared():
     report = verify(Nested(), None, s, (X, 2), raise_on_fail=False)
     assert report.layer is None and not report.passed  # the mean over channels is what differs
     assert report.max_error > 1e-3
+
+
+def two_inputs(m, x, y):
+    features = m.a(x) + m.b(y)
+    return {"logits": m.fc(features), "maps": (m.c(x).mean(), [m.d(features)])}
+
+
+def test_several_inputs_and_nested_outputs_are_proved_on_the_way():
+    model = Net2(
+        two_inputs,
+        a=nn.Conv2d(3, 6, 3),
+        b=nn.Conv2d(2, 6, 3),
+        c=nn.Conv2d(3, 4, 1),
+        d=nn.Conv2d(6, 3, 1),
+        fc=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)),
+    )
+    inputs = (torch.zeros(2, 3, 6, 6), torch.zeros(2, 2, 6, 6))
+    groups = analyse(model, inputs)
+    cost_model = CostModel(groups)
+    s = Structure.from_keep(groups, random_keep(cost_model, groups, 0), cost_model)
+    narrow = slim(model, s, "inherit", verify=True, example_input=inputs)
+    assert set(narrow(*inputs)) == {"logits", "maps"}
+    narrow.d.weight.data.mul_(1.001)
+    report = verify(model, narrow, s, inputs, raise_on_fail=False)
+    assert not report.passed and report.layer == "d"
+
+
+def test_slim_refuses_a_structure_that_the_proof_refuses():
+    with pytest.raises(StructureError, match="first differing layer bn"):
+        slim(Net(), broken(layers={"bn": (1, 3, 4, 7)}), verify=True, example_input=X)
 
 
 def test_random_forwards_draw_the_same_numbers():

@@ -18,7 +18,7 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 import pfs_fast as pfs
 
 FAST = frozenset(
-    """resnet18 shufflenet_v2_x0_5 mobilenet_v3_small mnasnet0_5 squeezenet1_1 regnet_y_400mf densenet121 lraspp r3d_18
+    """resnet18 shufflenet_v2_x0_5 mobilenet_v3_small mnasnet0_5 squeezenet1_1 regnet_y_400mf lraspp r3d_18
     fpn_resnet18 conv1d unet""".split()
 )
 # Attention is held whole, so that less can go.

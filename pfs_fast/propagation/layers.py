@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -16,7 +18,7 @@ def convolution(call: Call) -> Value:
     x = _input(call)
     dim = len(shape) - len(module.kernel_size) - 1
     # A transposed convolution multiplies at every position of its input.
-    positions = int(np.prod((x if isinstance(module, _ConvTransposeNd) else call).shape[dim + 1 :]))
+    positions = _positions(call, x.shape if isinstance(module, _ConvTransposeNd) else shape, dim)
     if module.groups == module.in_channels and module.groups > 1:
         # Depthwise. A depth multiplier gives every input channel several outputs, side by side.
         read = _read(call, x, dim, module.in_channels)
@@ -37,7 +39,13 @@ def linear(call: Call) -> Value:
     dim = len(shape) - 1
     read = _mix(call, _input(call), dim, call.module.in_features)
     out = _produce(call, call.module.out_features)
-    return Value(shape, dim, _use(call, out, read, int(np.prod(shape[1:-1]))))
+    return Value(shape, dim, _use(call, out, read, _positions(call, shape, dim)))
+
+
+def _positions(call: Call, shape: tuple[int, ...], dim: int) -> int:
+    """Positions of one image, also where the batch dimension holds more than images (windows, groups)."""
+    others = math.prod(size for d, size in enumerate(shape) if d != dim)
+    return others // call.node.meta["images"]
 
 
 def channelwise(call: Call) -> Value:
