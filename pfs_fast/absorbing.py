@@ -40,7 +40,8 @@ class _Graph:
         self, network: GatedNetwork, groups: ChannelGroups, unit_of_label: np.ndarray
     ) -> None:
         self._nodes = list(network.train_net.graph.nodes)
-        self._modules = dict(network.train_net.named_modules())
+        # A norm with an activation inside (see functional) is in the graph under two names.
+        self._modules = dict(network.train_net.named_modules(remove_duplicate=False))
         self._layers = {layer.name: layer for layer in groups.layers}
         self._unit_of_label = unit_of_label
 

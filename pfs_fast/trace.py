@@ -157,8 +157,12 @@ def trace(
             infer_values(train.train(), inputs, count=False)
         macs = infer_values(eval_.eval(), inputs)
     except TraceError:
-        if untraceable:  # not for their sizes alone, as it now turns out
-            raise next(iter(untraceable.values())) from None
+        nodes = (n for g in (train, eval_) for n in g.graph.nodes)
+        failed = next((n for n in nodes if "val" not in n.meta), None)
+        if failed is not None and failed.op == "call_module":
+            error = untraceable.get(type(_get(replica, failed.target)))
+            if error is not None:  # not for its sizes alone, as it turns out where it is run
+                raise error from None
         raise
     opaque = {
         name: f"module '{name}' ({type(module).__name__}) cannot be traced"

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from small_nets import Frozen, Net, Net2, cbr, conv, head, tiny
 from torch import nn
+from weightless import weightless
 
 import pfs_fast as pfs
+from pfs_fast.analysis import analyse
+from pfs_fast.cost import CostModel
 from pfs_fast.errors import ModelError, TraceError
 from pfs_fast.trace import trace
 
@@ -159,3 +163,47 @@ def test_trace_refuses_meta_and_mixed_devices():
         ModelError, match=r"must lie on one device, got tensors on cpu, meta; use model\.to"
     ):
         trace(model, IMAGE)
+
+
+class BySize(nn.Module):
+    """Control flow on sizes: torch.fx does not follow it, but it runs."""
+
+    def forward(self, x):
+        return x.mean((2, 3), keepdim=True) if x.size(2) > 4 else x
+
+
+class ByValue(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_trace_keeps_modules_whole_that_ask_for_sizes():
+    model = nn.Sequential(cbr(3, 4), BySize(), cbr(4, 5), BySize(), head(5))
+    traced = trace(model, IMAGE)
+    assert set(traced.opaque) == {"1", "3"}
+    assert traced.opaque["1"] == "module '1' (BySize) cannot be traced"
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(traced.eval.eval()(x), model.eval()(x))
+
+
+def test_trace_error_of_data_stays_where_sizes_are_asked_for_too():
+    model = nn.Sequential(cbr(3, 4), BySize(), ByValue(), head(4))
+    with pytest.raises(
+        TraceError, match=r"module '2' \(ByValue\).*test_trace\.py:\d+: return x if x\.sum"
+    ):
+        trace(model, IMAGE)
+
+
+def test_trace_error_names_the_line_of_another_library():
+    detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    model = weightless(detector, weights=None, weights_backbone=None)
+    with pytest.raises(TraceError, match=r"generalized_rcnn\.py:\d+: .*the backbone of a detector"):
+        trace(model, IMAGE, values=False)
+
+
+def test_analysis_of_weightless_and_real_networks_is_the_same():
+    build = torchvision.models.shufflenet_v2_x0_5
+    real = analyse(build(), torch.zeros(1, 3, 32, 32))
+    meta = analyse(weightless(build), torch.zeros(1, 3, 32, 32, device="meta"))
+    assert real.groups == meta.groups and real.fixed == meta.fixed
+    assert CostModel(real).base == CostModel(meta).base
