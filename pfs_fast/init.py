@@ -182,6 +182,12 @@ def _convnext(module: nn.Module) -> None:
         _zero_bias(module)
 
 
+def _feature_pyramid(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        init.kaiming_uniform_(module.weight, a=1)
+        _zero_bias(module)
+
+
 def _layer_scale(block: nn.Module) -> None:
     """One constant for all channels, which only an untrained block still tells."""
     scale = block.layer_scale
@@ -243,6 +249,8 @@ def _swin(module: nn.Module) -> None:
 
 # AlexNet and ShuffleNetV2 have no rule of their own: their leaves' defaults are their initialisation.
 _RULES: dict[str, Rule] = {
+    # What is left of a ResNet or MobileNetV3 in segmentation and detection; both draw convolutions alike.
+    "torchvision.models._utils.IntermediateLayerGetter": _for_each(_conv_fan_out),
     "torchvision.models.convnext.CNBlock": _layer_scale,
     "torchvision.models.convnext.ConvNeXt": _for_each(_convnext),
     "torchvision.models.densenet.DenseNet": _for_each(_densenet),
@@ -263,4 +271,5 @@ _RULES: dict[str, Rule] = {
     "torchvision.models.vision_transformer.Encoder": _encoder,
     "torchvision.models.vision_transformer.MLPBlock": _mlp_block,
     "torchvision.models.vision_transformer.VisionTransformer": _vision_transformer,
+    "torchvision.ops.feature_pyramid_network.FeaturePyramidNetwork": _for_each(_feature_pyramid),
 }

@@ -1,4 +1,4 @@
-"""Fresh weights of torchvision's transformers, ConvNeXt and video networks have the moments of newly built ones."""
+"""Fresh weights of transformers, ConvNeXt, video, segmentation and detection networks are as newly built."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ NETWORKS = {
     ),
     "maxvit": lambda: models.MaxVit((32, 32), 16, 2, [16], [1], 8, 0.0, num_classes=5),
     "video resnet": lambda: models.video.r3d_18(num_classes=5),
+    "segmentation": lambda: models.segmentation.lraspp_mobilenet_v3_large(
+        num_classes=5, weights_backbone=None
+    ),
+    "feature pyramid": lambda: models.detection.backbone_utils.resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None
+    ),
 }
 
 
