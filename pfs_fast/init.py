@@ -182,6 +182,19 @@ def _convnext(module: nn.Module) -> None:
         _zero_bias(module)
 
 
+def _feature_pyramid(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        init.kaiming_uniform_(module.weight, a=1)
+        _zero_bias(module)
+
+
+def _layer_scale(block: nn.Module) -> None:
+    """One constant for all channels, which only an untrained block still tells."""
+    scale = block.layer_scale
+    if bool((scale == scale.flatten()[0]).all()):
+        init.constant_(scale, float(scale.flatten()[0]))
+
+
 def _squeezenet(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -190,19 +203,73 @@ def _squeezenet(network: nn.Module) -> None:
     init.normal_(network.classifier[1].weight, mean=0.0, std=0.01)
 
 
+def _mlp_block(block: nn.Module) -> None:
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.normal_(module.bias, std=1e-6)
+
+
+def _encoder(encoder: nn.Module) -> None:
+    init.normal_(encoder.pos_embedding, std=0.02)
+
+
+def _vision_transformer(network: nn.Module) -> None:
+    init.zeros_(network.class_token)
+    stem = network.conv_proj
+    if isinstance(stem, nn.Conv2d):
+        fan_in = stem.in_channels * stem.kernel_size[0] * stem.kernel_size[1]
+        init.trunc_normal_(stem.weight, std=math.sqrt(1 / fan_in))
+        _zero_bias(stem)
+    elif isinstance(getattr(stem, "conv_last", None), nn.Conv2d):
+        init.normal_(stem.conv_last.weight, std=math.sqrt(2.0 / stem.conv_last.out_channels))
+        _zero_bias(stem.conv_last)
+    hidden = getattr(network.heads, "pre_logits", None)
+    if isinstance(hidden, nn.Linear):
+        init.trunc_normal_(hidden.weight, std=math.sqrt(1 / hidden.in_features))
+        _zero_bias(hidden)
+    if isinstance(network.heads.head, nn.Linear):
+        init.zeros_(network.heads.head.weight)
+        _zero_bias(network.heads.head)
+
+
+def _window_attention(attention: nn.Module) -> None:
+    """Table of the first version and of MaxViT; scale of the second version."""
+    if getattr(attention, "relative_position_bias_table", None) is not None:
+        init.trunc_normal_(attention.relative_position_bias_table, std=0.02)
+    if getattr(attention, "logit_scale", None) is not None:
+        init.constant_(attention.logit_scale, math.log(10))
+
+
+def _swin(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        init.trunc_normal_(module.weight, std=0.02)
+        _zero_bias(module)
+
+
 # AlexNet and ShuffleNetV2 have no rule of their own: their leaves' defaults are their initialisation.
 _RULES: dict[str, Rule] = {
+    # What is left of a ResNet or MobileNetV3 in segmentation and detection; both draw convolutions alike.
+    "torchvision.models._utils.IntermediateLayerGetter": _for_each(_conv_fan_out),
+    "torchvision.models.convnext.CNBlock": _layer_scale,
     "torchvision.models.convnext.ConvNeXt": _for_each(_convnext),
     "torchvision.models.densenet.DenseNet": _for_each(_densenet),
     "torchvision.models.efficientnet.EfficientNet": _for_each(_efficientnet),
     "torchvision.models.googlenet.GoogLeNet": _for_each(_googlenet),
     "torchvision.models.inception.Inception3": _for_each(_inception),
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": _window_attention,
     "torchvision.models.mnasnet.MNASNet": _for_each(_mnasnet),
     "torchvision.models.mobilenetv2.MobileNetV2": _for_each(_conv_fan_out_linear_normal),
     "torchvision.models.mobilenetv3.MobileNetV3": _for_each(_conv_fan_out_linear_normal),
     "torchvision.models.regnet.RegNet": _for_each(_regnet),
     "torchvision.models.resnet.ResNet": _for_each(_conv_fan_out),
     "torchvision.models.squeezenet.SqueezeNet": _squeezenet,
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": _window_attention,
+    "torchvision.models.swin_transformer.SwinTransformer": _for_each(_swin),
     "torchvision.models.vgg.VGG": _for_each(_conv_fan_out_linear_normal),
     "torchvision.models.video.resnet.VideoResNet": _for_each(_conv_fan_out_linear_normal),
+    "torchvision.models.vision_transformer.Encoder": _encoder,
+    "torchvision.models.vision_transformer.MLPBlock": _mlp_block,
+    "torchvision.models.vision_transformer.VisionTransformer": _vision_transformer,
+    "torchvision.ops.feature_pyramid_network.FeaturePyramidNetwork": _for_each(_feature_pyramid),
 }

@@ -168,3 +168,6 @@ def test_network_is_searched_slimmed_and_proved(name):
     cost = pfs.count(narrow, x[:1])
     assert (cost.macs, cost.params) == (structure.macs, structure.params)
     assert "held whole" in result.report()
+    with torch.no_grad():
+        logits = result.slim().eval()(torch.randn(2, *network.shape))
+    assert logits.shape == (2, logits.size(1)) and bool(logits.isfinite().all())
