@@ -85,7 +85,14 @@ def without(field: str) -> str:
 
 
 def limited(**changes) -> str:
-    check = {"name": "macs", "asked": 9, "predicted": 8, "whole": 9, "measured": None, "spread": None}
+    check = {
+        "name": "macs",
+        "asked": 9,
+        "predicted": 8,
+        "whole": 9,
+        "measured": None,
+        "spread": None,
+    }
     return edited(limits=[{**check, **changes}])
 
 
@@ -102,7 +109,10 @@ BAD_TEXTS = {
         "version must be 1 to 2, got 3; use the release of pfs_fast that wrote it",
     ),
     "version 0": (edited(version=0), "version must be 1 to 2, got 0"),
-    "limits of text": (edited(limits="macs"), "limits must be a list of checks with asked, .* got macs"),
+    "limits of text": (
+        edited(limits="macs"),
+        "limits must be a list of checks with asked, .* got macs",
+    ),
     "limit of nothing": (edited(limits=[{}]), "limits must be a list of checks"),
     "limit of another cost": (limited(name="energy"), "limits must be a list of checks"),
     "limit without a number": (limited(asked=None), "limits must be a list of checks"),
