@@ -16,7 +16,8 @@ from .latency import LatencyModel
 from .solver import Sweep
 from .timing import Task, Timing
 
-_TURNS = 25
+_FEW, _MANY = 9, 25  # turns: as many as last about 4 seconds, two networks in each
+_TURNS_MS = 4000
 _AIM = 0.96  # of the limit: room for the measured noise
 _GOOD_ENOUGH = 0.92
 _ROUNDS = 10
@@ -79,7 +80,10 @@ class _Fit:
         # has other work is slower now and faster later: what stays is how much faster one network is than the other.
         self.most = sweep.largest_steps(replace(limits, latency_ms=None))
         self._reference = model.task(build(sweep.keep(self.most)))
+        self._count = _FEW
         self._reference_times = self._turns(self._reference)
+        turns = int(_TURNS_MS / (2 * self._reference_times[0].median))
+        self._count = min(max(turns, _FEW), _MANY)
         self._ratios = {self.most: Timing(1.0, 0.0, 1.0)}
         model.scale *= self._time(self.most).median / model.evaluate(sweep.keep(self.most))
 
@@ -117,7 +121,7 @@ class _Fit:
         """Times of tasks in turns: those of a calm moment, if there is one within a few tries."""
         tries: list[list[Timing]] = []
         while len(tries) < _TRIES:
-            tries.append(self.model.timer(tasks, _TURNS))
+            tries.append(self.model.timer(tasks, self._count))
             if _scatter(tries[-1]) <= _CALM:
                 break
         return min(tries, key=_scatter)
