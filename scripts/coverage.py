@@ -16,6 +16,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,13 +28,14 @@ TABLE = ROOT / "docs" / "coverage.md"
 
 def main() -> int:
     args = _arguments()
+    from coverage_networks import networks
+
     if args.command == "table":
         from coverage_table import render
 
-        TABLE.write_text(render(read_records(args.records)))
+        listed = Counter(network.suite for network in networks())
+        TABLE.write_text(render(read_records(args.records), listed))
         return 0
-    from coverage_networks import networks
-
     chosen = [n for n in networks(tuple(args.suite)) if _named(n.name, n.key, args.names)]
     done = {} if args.again else read_records(args.records)
     chosen.sort(key=lambda network: network.key in done)  # what has not been tried comes first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import time
 from collections import Counter
@@ -141,14 +142,14 @@ def _describe(graph: ChannelGraph, record: Record) -> None:
     record.layers = len(layers)
     record.prunable = sum(bool((layer.out_units != FIXED).any()) for layer in layers)
     record.groups, record.units = len(graph.groups.groups), graph.groups.num_units
-    reasons = Counter(_without_names(reason) for _, reason in graph.groups.fixed)
+    reasons = Counter(_without_numbers(reason) for _, reason in graph.groups.fixed)
     record.held = dict(reasons.most_common(8))
     record.norms = sorted(_norms(graph))
 
 
-def _without_names(reason: str) -> str:
-    """Numbered nodes of one kind count together."""
-    return " ".join(word.rstrip("')(0123456789") for word in reason.split())
+def _without_numbers(reason: str) -> str:
+    """Nodes and layers that differ in their numbers alone count together."""
+    return re.sub(r"[._]+\d+(?=[._]|\b)", "", reason)
 
 
 def _norms(graph: ChannelGraph) -> set[str]:

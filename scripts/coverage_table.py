@@ -40,9 +40,10 @@ python scripts/coverage.py table    # this file
 """
 
 
-def render(records: dict[str, dict]) -> str:
-    """Markdown of all records, by ``suite/name``."""
-    parts = [_HEADER, f"Versions: {_versions(records.values())}.\n", _summary(records.values())]
+def render(records: dict[str, dict], listed: Counter[str]) -> str:
+    """Markdown of all records, by ``suite/name``. ``listed``: number of networks in each suite."""
+    parts = [_HEADER, f"Versions: {_versions(records.values())}.\n"]
+    parts.append(_summary(records.values(), listed))
     for suite, title in _TITLES.items():
         rows = [r for r in records.values() if r["suite"] == suite]
         if rows:
@@ -58,21 +59,21 @@ def _versions(records: Iterable[dict]) -> str:
     return ", ".join(f"{name} {' and '.join(sorted(v))}" for name, v in sorted(found.items()))
 
 
-def _summary(records: Iterable[dict]) -> str:
+def _summary(records: Iterable[dict], listed: Counter[str]) -> str:
     by_suite: dict[str, Counter[str]] = {}
     families: dict[str, set[str]] = {}
     for record in records:
         by_suite.setdefault(record["suite"], Counter())[record["status"]] += 1
         if record["status"] == "exact":
             families.setdefault(record["suite"], set()).add(record["family"])
-    lines = ["| | " + " | ".join(_STATUS) + " | all | families with an exact one |"]
-    lines.append("|---|" + "---:|" * (len(_STATUS) + 2))
+    lines = ["| | " + " | ".join(_STATUS) + " | not run yet | all | families with an exact one |"]
+    lines.append("|---|" + "---:|" * (len(_STATUS) + 3))
     for suite in _TITLES:
-        if suite in by_suite:
-            counts = by_suite[suite]
+        if suite in by_suite or listed[suite]:
+            counts = by_suite.get(suite, Counter())
             cells = [str(counts[status]) for status in _STATUS]
-            number = len(families.get(suite, ()))
-            lines.append(f"| {suite} | {' | '.join(cells)} | {counts.total()} | {number} |")
+            cells += [str(listed[suite] - counts.total()), str(listed[suite])]
+            lines.append(f"| {suite} | {' | '.join(cells)} | {len(families.get(suite, ()))} |")
     lines += ["", *(f"- **{status}**: {text}." for status, text in _STATUS.items()), ""]
     return "\n".join(lines)
 

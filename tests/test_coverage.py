@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,10 @@ def test_script_goes_on_where_it_was_stopped_and_limits_each_network(tmp_path):
     assert len(run(*names)) == 2
     found = run(*names, "--retry")
     assert [(r["name"], r["status"]) for r in found[2:]] == [("resnet_1d", "exact")]
-    text = coverage_table.render({f"{r['suite']}/{r['name']}": r for r in found})
-    assert "| fcn_1d | 3x128 | 3/4 | 3 | 50 % |" in text and "| 1-d | 2 |" in text
+    rows = {f"{r['suite']}/{r['name']}": r for r in found}
+    text = coverage_table.render(rows, Counter({"1-d": 3}))
+    assert "| fcn_1d | 3x128 | 3/4 | 3 | 50 % |" in text
+    assert "| 1-d | 2 | 0 | 0 | 0 | 0 | 1 | 3 | 1 |" in text
 
 
 def _environment() -> dict[str, str]:

@@ -240,3 +240,11 @@ def test_network_of_a_search_needs_no_example_input() -> None:
         verify(model, narrow, NET)
     narrow.pfs_input_shape = tuple(X.shape[1:])
     assert verify(model, narrow, NET).passed
+
+
+def test_prelu_with_one_channel_left_is_still_a_layer() -> None:
+    layers = [nn.Conv2d(3, 4, 1), nn.PReLU(4), nn.Conv2d(4, 5, 1), nn.PReLU(1), nn.Conv2d(5, 2, 1)]
+    model = nn.Sequential(*layers)
+    nn.init.uniform_(model[1].weight)
+    s = structure({"0": (2,), "1": (2,)}, {"2": (2,)}, {"0": (3, 4), "1": (4, 4), "2": (4, 5)})
+    assert verify(model, None, s, X).layers_compared == 4  # a common slope is no layer
