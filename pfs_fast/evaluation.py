@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches, split_outputs
 from .errors import ConfigError, LoaderError, ModelError, PfsError
+from .onednn import in_layout
 from .recipes import AMP_MODES, autocast_dtype
 
 
@@ -54,7 +55,7 @@ def evaluate(
     plain = unwrap(model)
     device = device_of(plain, device, "evaluate")
     plain.to(device)
-    forward = Forward(plain, device, autocast_dtype(amp, device), channels_last=False)
+    forward = Forward(plain, device, autocast_dtype(amp, device), layout=None)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -90,13 +91,13 @@ class Forward:
         plain: nn.Module,
         device: torch.device,
         autocast: torch.dtype | None,
-        channels_last: bool,
+        layout: torch.memory_format | None,  # of 4-d images; None: as they come
     ) -> None:
         floating = (p.dtype for p in plain.parameters() if p.is_floating_point())
         self.device = device
         self.dtype = next(floating, torch.float32)
         self.autocast = autocast
-        self.channels_last = channels_last
+        self.layout = layout
         self.sum_dtype = torch.float32 if device.type == "mps" else torch.float64  # mps lacks fp64
 
     def __call__(
@@ -107,14 +108,14 @@ class Forward:
         Args:
             first: The first batch: an error of the model is then one of the images' shape.
         """
-        layout = torch.channels_last if self.channels_last and images.dim() == 4 else None
         halved = self.autocast is not None and images.dtype == self.autocast
         images = images.to(
             self.device,
             images.dtype if halved else self.dtype,
             non_blocking=True,
-            memory_format=layout or torch.preserve_format,
         )
+        if self.layout is not None and images.dim() == 4:
+            images = in_layout(images, self.layout)
         try:
             with torch.autocast(
                 self.device.type, dtype=self.autocast, enabled=self.autocast is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches
 from .errors import ModelError, NonFiniteLossError
 from .evaluation import Accuracy, Forward, correct, device_of, evaluate, evaluate_with, unwrap
+from .onednn import ISSUE, in_layout, unsafe_weight_gradients
 from .progress import Progress
 from .recipes import TrainConfig, autocast_dtype, scratch_b_epochs
 from .weights import Average, Snapshot, all_finite, parameter_groups
@@ -109,11 +111,14 @@ def train(
             "train: model must have parameters that need a gradient, got none; call model.requires_grad_(True)"
         )
     plain.to(device)
-    if config.channels_last:
-        plain.to(memory_format=torch.channels_last)
+    layout = _layout(plain, device, config)
+    if layout is not None:
+        for parameter in plain.parameters():
+            if parameter.dim() == 4:  # a module of 3-d convolutions cannot be moved as a whole
+                parameter.data = in_layout(parameter.data, layout)
     modes = {module: module.training for module in model.modules()}
     with _seeded(config.seed, device):
-        run = _Run(model, plain, device, config)
+        run = _Run(model, plain, device, config, layout)
         try:
             return run.fit(loader, val_loader, progress)
         except BaseException:
@@ -127,15 +132,38 @@ def train(
                 module.training = training
 
 
+def _layout(
+    plain: nn.Module, device: torch.device, config: TrainConfig
+) -> torch.memory_format | None:
+    """Of weights and images; None: as they come. NCHW, and a warning, where channels_last would corrupt memory."""
+    unsafe = unsafe_weight_gradients(plain) if device.type == "cpu" else []
+    if not unsafe:
+        return torch.channels_last if config.channels_last else None
+    if config.channels_last:
+        warnings.warn(
+            f"train: config.channels_last must be False on a CPU for '{unsafe[0]}' ({len(unsafe)} such layers: 1x1, stride above "
+            f"1, few input channels), whose weight gradient would write past its memory ({ISSUE}); the network is trained in "
+            "NCHW, which gives the same up to rounding",
+            UserWarning,
+            stacklevel=3,
+        )
+    return torch.contiguous_format
+
+
 class _Run:
     """One training run: the optimiser and all that changes from step to step."""
 
     def __init__(
-        self, model: nn.Module, plain: nn.Module, device: torch.device, config: TrainConfig
+        self,
+        model: nn.Module,
+        plain: nn.Module,
+        device: torch.device,
+        config: TrainConfig,
+        layout: torch.memory_format | None,
     ) -> None:
         self.model, self.plain, self.config = model, plain, config
         dtype = autocast_dtype(config.amp, device)
-        self.forward = Forward(plain, device, dtype, config.channels_last)
+        self.forward = Forward(plain, device, dtype, layout)
         self.optimizer = torch.optim.SGD(
             parameter_groups(plain, config.weight_decay, config.decay_bn_bias),
             lr=config.lr,

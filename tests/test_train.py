@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pfs_fast.batches import LabelWatch, split_outputs
 from pfs_fast.errors import ConfigError, LoaderError, ModelError, NonFiniteLossError
 from pfs_fast.evaluation import Accuracy, unwrap
+from pfs_fast.onednn import unsafe_weight_gradients
 from pfs_fast.recipes import autocast_dtype
 from pfs_fast.train import TrainConfig, TrainResult, evaluate, scratch_b_epochs, train
 from pfs_fast.weights import parameter_groups
@@ -271,6 +272,57 @@ def test_channels_last_moves_the_weights():
     assert plain.conv.weight.is_contiguous()
 
 
+def test_networks_of_3d_convolutions_are_trained():
+    net = nn.Sequential(
+        nn.Conv3d(2, 3, 3), nn.BatchNorm3d(3), nn.Flatten(), nn.Linear(3 * 2 * 2 * 2, 2)
+    )
+    loader = [(torch.randn(4, 2, 4, 4, 4), torch.tensor([0, 1, 1, 0]))]
+    before = state_of(net)
+    fit(net, loader)
+    assert not torch.equal(net[0].weight, before["0.weight"])
+
+
+class Shortcut(nn.Module):
+    """A strided 1x1 convolution of a few channels, as shortcuts of slim networks have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.short = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 7, 1, stride=2)
+        self.fc = nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layouts = (x.is_contiguous(), self.short.weight.is_contiguous())
+        return self.fc(self.short(self.stem(x)).mean((2, 3)))
+
+
+def test_layers_whose_weight_gradient_overruns_are_trained_in_nchw():
+    net = Shortcut().to(memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    loader = [(images, torch.arange(8) % 2)]
+    with pytest.warns(
+        UserWarning, match=r"channels_last must be False on a CPU for 'short' \(1 such"
+    ):
+        fit(net, loader)
+    assert net.layouts == (True, True)
+    fit(net, loader, channels_last=False)  # as asked for: no warning
+    assert net.layouts == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "unsafe"),
+    [
+        (nn.Conv2d(15, 8, 1, stride=2), True),
+        (nn.Conv2d(16, 8, 1, stride=2), False),
+        (nn.Conv2d(32, 8, 1, stride=2, groups=4), True),
+        (nn.Conv2d(4, 8, 1), False),
+        (nn.Conv2d(4, 8, 3, stride=2), False),
+        (nn.Conv2d(4, 8, 1, stride=2).requires_grad_(False), False),
+    ],
+)
+def test_unsafe_weight_gradients_are_those_of_narrow_strided_1x1(layer: nn.Module, unsafe: bool):
+    assert unsafe_weight_gradients(nn.Sequential(layer)) == (["0"] if unsafe else [])
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "auto"])
 def test_amp_trains_and_keeps_the_weights_in_fp32(amp: str):
     net = Net()
@@ -409,7 +461,7 @@ def test_diverging_training_is_found_by_the_loss_log():
     from pfs_fast.evaluation import Forward
     from pfs_fast.train import _StepLog
 
-    log = _StepLog(Forward(Net(), CPU, None, False), first_step=10)
+    log = _StepLog(Forward(Net(), CPU, None, None), first_step=10)
     for loss in (1.0, 2.0, math.inf, math.nan):
         log.add(torch.tensor(loss), torch.tensor(1), 4)
     with pytest.raises(NonFiniteLossError, match="got inf at step 13"):
