@@ -84,7 +84,7 @@ def test_wrong_cuts_are_told_from_those_that_a_norm_explains(monkeypatch):
     verify = coverage_check.verify
 
     def broken(model, narrow, structure, *args, **kwargs):
-        structure.inputs["2"] = (*structure.inputs["2"][:-1], 7)
+        structure.inputs["2"] = structure.inputs["2"][::-1]
         return verify(model, narrow, structure, *args, **kwargs)
 
     monkeypatch.setattr(coverage_check, "verify", broken)
