@@ -34,7 +34,7 @@ def call_layers(graph: fx.Graph, root: nn.Module) -> set[nn.Module]:
         arguments = None if form is None else _arguments(node, form.defaults)
         if arguments is None:
             continue
-        owner = _owner(arguments["weight"], modules)
+        owner = _owner(arguments, modules)
         module = modules.get(owner) if owner is not None else None
         x = arguments["input"]
         if not isinstance(module, form.layer) or not isinstance(x, fx.Node) or _is_hooked(module):
@@ -138,12 +138,14 @@ def _arguments(node: fx.Node, defaults: dict[str, Any]) -> dict[str, Any] | None
     return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
-def _owner(weight: Any, modules: dict[str, nn.Module]) -> str | None:
-    """Name of the module whose weight a node reads."""
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-        return None
-    owner, _, name = weight.target.rpartition(".")
-    return owner if name == "weight" and owner in modules else None
+def _owner(arguments: dict[str, Any], modules: dict[str, nn.Module]) -> str | None:
+    """Name of the module whose weight, or running mean where there is none, a node reads."""
+    for name in ("weight", "running_mean"):
+        tensor = arguments.get(name)
+        if isinstance(tensor, fx.Node) and tensor.op == "get_attr":
+            owner, _, attribute = tensor.target.rpartition(".")
+            return owner if attribute == name and owner in modules else None
+    return None
 
 
 def _is_own(value: Any, owner: str, name: str, module: nn.Module) -> bool:

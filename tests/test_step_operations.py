@@ -53,17 +53,24 @@ def operations(loop, images, labels) -> Operations:
     return counted
 
 
+def convolutions(counted: Operations, direction: str) -> int:
+    prefix = "_" if direction else ""
+    return sum(counted.all[f"{prefix}{op}{direction}"] for op in ("frozen_conv", "winograd_conv"))
+
+
 def check(counted: Operations, precision: str) -> None:
     # ResNet-20: 19 convolutions and 2 on shortcuts, a batch norm after each.
-    assert counted.all["frozen_conv"] == counted.all["bn_gate_act"] == 21
+    assert convolutions(counted, "") == counted.all["bn_gate_act"] == 21
     # The stem has no gate and its input no gradient; the shortcuts of the first gates start there.
-    assert counted.all["_frozen_conv_backward"] <= 20
+    assert convolutions(counted, "_backward") <= 20
     assert counted.all["gate_step_"] == 1
     # Logits to float32 for the loss, and their gradient back; nothing else is cast.
     assert counted.all["_to_copy"] == (2 if precision == "bf16" else 0)
     assert counted.all["clone"] == counted.all["contiguous"] == 0
     # Activations: the operators, and the sum of the two gradients where a block's input branches.
     expected = {"frozen_conv", "bn_gate_act", "_frozen_conv_backward", "_bn_gate_act_backward", "add"}  # fmt: skip
+    if precision == "fp32":
+        expected |= {"winograd_conv", "_winograd_conv_backward"}
     assert set(counted.large) - {"detach", "expand", "div"} == expected
     assert counted.large["add"] <= 8
     # Besides, one accumulation into the flat gradient for each of 9 groups, a detached weight for each convolution, and the head.
