@@ -361,7 +361,7 @@ def pool(b: Builder) -> None:
     other: list[Callable[[Tensor], Tensor] | nn.Module] = [
         nn.Upsample(scale_factor=2), nn.ZeroPad2d(1), nn.AvgPool2d(3, 1, 1), lambda t: F.pad(t, (1, 1, 1, 1)),
         lambda t: F.interpolate(t, scale_factor=2.0, mode="nearest"), lambda t: t.flip(-1), lambda t: t.transpose(2, 3),
-        lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.permute(0, 2, 3, 1).permute(0, 3, 1, 2),
+        lambda t: t.contiguous(), lambda t: t.permute(0, 2, 3, 1).permute(0, 3, 1, 2),
         lambda t: F.unfold(t, 2).mean(-1)[:, :, None, None].expand(-1, -1, 2, 2),
     ]  # fmt: skip
     form = b.choose(down if b.values[x].shape[2] > 8 else [*down, *other])
