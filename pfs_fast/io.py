@@ -17,7 +17,7 @@ from .files import (
     write_safetensors,
     write_text_atomic,
 )
-from .slim import kind_of, narrow_to, widths_of
+from .slim import kind_in_file, narrow_to, widths_of
 
 __all__ = [
     "ExportReport",
@@ -123,7 +123,7 @@ def layer_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Widths of all convolutions, linear layers and batch norms: name -> {"kind", "in", "out", "groups"}."""
     layers: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
-        kind = kind_of(module)
+        kind = kind_in_file(module)
         if kind is not None:
             width_in, width_out = widths_of(module)
             groups = getattr(module, "groups", 1)

@@ -33,6 +33,11 @@ def kind_of(module: nn.Module | None) -> str | None:
     return "bn" if is_channelwise(module) else None
 
 
+def kind_in_file(module: nn.Module | None) -> str | None:
+    """``kind_of``, with a PReLU of one slope, which may be what is left of one with a slope for each channel."""
+    return "bn" if isinstance(module, nn.PReLU) else kind_of(module)
+
+
 def is_channelwise(module: nn.Module | None) -> bool:
     """Norms and PReLU: as many outputs as inputs, with parameters for each channel."""
     return isinstance(module, NORMS) or (isinstance(module, nn.PReLU) and module.num_parameters > 1)

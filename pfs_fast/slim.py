@@ -12,10 +12,10 @@ from torch import nn
 from ._modules import require_plain
 from .errors import ConfigError, StructureError
 from .init import initialise
-from .narrow import Indices, Kept, kind_of, narrow_layers, widths_of
+from .narrow import Indices, Kept, kind_in_file, kind_of, narrow_layers, widths_of
 from .structure import Structure
 
-__all__ = ["kind_of", "narrow_layers", "narrow_to", "slim", "widths_of"]
+__all__ = ["kind_in_file", "kind_of", "narrow_layers", "narrow_to", "slim", "widths_of"]
 
 
 def slim(
@@ -85,7 +85,7 @@ def narrow_to(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.M
     plan: dict[str, Kept] = {}
     for name, entry in layers.items():
         module = modules.get(name)
-        kind = kind_of(module)
+        kind = kind_in_file(module)
         if kind is None or kind != entry["kind"]:
             found = "no such module" if module is None else type(module).__name__
             raise StructureError(

@@ -90,6 +90,20 @@ def test_slim_model_comes_back_exactly(tmp_path: Path):
     assert torch.equal(net(images), back(images))
 
 
+def test_prelu_left_with_one_slope_comes_back(tmp_path: Path):
+    def prelus(width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, width, 1), nn.PReLU(width), nn.PReLU(), nn.Conv2d(width, 2, 1)
+        )
+
+    net = prelus(1)
+    nn.init.constant_(net[1].weight, 0.5)
+    save(net, tmp_path / "net.safetensors")
+    back = load(tmp_path / "net.safetensors", prelus(6))
+    assert back[1].num_parameters == 1
+    assert_same_state(net, back)
+
+
 def test_load_leaves_the_dense_model_alone(tmp_path: Path):
     save(slim_net(), tmp_path / "net.safetensors")
     dense = Net()
@@ -173,7 +187,7 @@ def _with_linear_conv(net: Net) -> Net:
 
 
 def _with_extra(net: Net) -> Net:
-    net.extra = nn.PReLU()
+    net.extra = nn.Embedding(2, 2)
     return net
 
 
