@@ -111,7 +111,9 @@ class TrainConfig:
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / total))
         if self.schedule == "multistep":
-            passed = sum(epoch >= int(total * share + 1e-9) for share in self.milestones)
+            # A run of few epochs starts at the full rate, too.
+            ends = (max(int(total * share + 1e-9), share > 0) for share in self.milestones)
+            passed = sum(epoch >= end for end in ends)
             return self.lr * self.lr_decay**passed
         return self.lr
 

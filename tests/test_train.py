@@ -74,6 +74,11 @@ def test_defaults_are_the_papers_cifar_recipe():
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
+def test_a_run_of_one_epoch_starts_at_the_full_rate():
+    assert TrainConfig(epochs=1).lr_at(0) == 0.1
+    assert TrainConfig(epochs=2, milestones=(0.0, 0.1)).lr_at(0) == pytest.approx(0.01)
+
+
 def test_imagenet_recipes():
     resnet = TrainConfig.imagenet_resnet50(batch=512, label_smoothing=0.1)
     assert (resnet.epochs, resnet.lr, resnet.nesterov) == (150, 0.1, True)
