@@ -2,7 +2,7 @@
 
 ``ops.winograd_conv`` needs fewer products than a direct convolution, and pays with transforms whose cost grows with the channels
 alone. The rule here counts products and asks for enough channels and tiles to pay for the transforms; its two bounds were
-measured (``benchmarks/ops/bench_frozen_conv.py``).
+measured (``python -m benchmarks --suite convs``).
 """
 
 from __future__ import annotations
