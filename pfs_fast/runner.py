@@ -72,11 +72,14 @@ class EagerRunner:
         if self._transfer is not None:
             batches = prefetched(batches, self._transfer)
         for images, labels in itertools.islice(batches, most):
-            self._loop.step(images, labels)
+            self._step(images, labels)
             yield 1
 
     def invalidate(self) -> None:
         pass
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        self._loop.step(images, labels)
 
 
 @dataclass
@@ -121,7 +124,7 @@ class _Recorder:
         )
 
 
-class GraphRunner:
+class GraphRunner(EagerRunner):
     """Replays a recorded step for batches of any loader, copied into fixed buffers.
 
     Each shape of a batch has a graph of its own, captured after ``WARMUP`` steps and again after ``invalidate``.
@@ -133,18 +136,9 @@ class GraphRunner:
     """
 
     def __init__(self, loop: SearchLoop, graphs: Graphs, transfer: Transfer | None = None) -> None:
-        self._loop, self._transfer = loop, transfer
+        super().__init__(loop, transfer)
         self._recorder = _Recorder(graphs)
         self._shapes: dict[tuple[object, ...], _Shape] = {}
-
-    def run(
-        self, batches: Batches, most: int | None, until_look: Callable[[], int]
-    ) -> Iterator[int]:
-        if self._transfer is not None:
-            batches = prefetched(batches, self._transfer)
-        for images, labels in itertools.islice(batches, most):
-            self._step(images, labels)
-            yield 1
 
     def invalidate(self) -> None:
         for shape in self._shapes.values():

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from exactness import random_keep
+from group_cases import CASES
 from test_gated import assert_same, gate, shaken
-from test_groups import CASES
 
 from pfs_fast.analysis import analyse
 from pfs_fast.cost import CostModel

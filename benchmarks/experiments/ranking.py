@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import pfs_fast as pfs
 from benchmarks.experiments.ranking_rules import RULES, Measured
 from pfs_fast.cost import CostModel
+from pfs_fast.files import write_text_atomic
 from pfs_fast.groups import ChannelGroups
 from pfs_fast.loop import SearchLoop
 from pfs_fast.plan import prepare
@@ -198,7 +199,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=15000, help="training images")
     parser.add_argument("--worker", default="0/1", metavar="I/N", help="take every N-th training")
     parser.add_argument("--report", action="store_true", help="only print the table")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if chosen.data is None and not chosen.report:
+        parser.error("argument --data must name an .npz file, got none; --report alone needs none")
+    index, _, workers = chosen.worker.partition("/")
+    if not (index.isdigit() and workers.isdigit() and int(index) < int(workers)):
+        parser.error(f"argument --worker must be I/N with I below N, got {chosen.worker}")
+    return chosen
 
 
 def main() -> None:
@@ -220,7 +227,7 @@ def main() -> None:
             if path.exists():
                 continue
             row = train_one(arguments, *case)
-            path.write_text(json.dumps(row))
+            write_text_atomic(path, json.dumps(row), caller="ranking")
             print(f"{row['accuracy']:.4f} {case} {row['widths']} {row['seconds']} s", flush=True)
     rows = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*.json"))]
     print(report(rows))

@@ -1,0 +1,58 @@
+"""Rules of the ranking experiment: every one gives finite scores, and orders channels as it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_nets import cbr, head
+from torch import nn
+
+from benchmarks.experiments.ranking import structure
+from benchmarks.experiments.ranking_rules import RULES, Measured
+from pfs_fast.analysis import analyse
+
+SIZES = (8, 8, 16)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    """An early, expensive group; the same behind a pool; a late, cheap one. Gates fall within each."""
+    model = nn.Sequential(
+        cbr(3, 8), nn.MaxPool2d(2), cbr(8, 8), nn.MaxPool2d(2), cbr(8, 16), head(16)
+    )
+    groups = analyse(model, torch.zeros(1, 3, 16, 16))
+    assert tuple(g.size for g in groups.groups) == SIZES
+    gates = np.concatenate([np.linspace(1, 0.1, size) for size in SIZES])
+    saliency = np.random.default_rng(0).random(sum(SIZES))
+    return Measured(groups, gates, np.full(sum(SIZES), -1), saliency, saliency[::-1].copy())
+
+
+def widths(measured: Measured, rule: str) -> list[int]:
+    return [len(kept) for kept in structure(measured, rule, 0.5).kept.values()]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_fills_the_budget(measured: Measured, rule: str):
+    cut = structure(measured, rule, 0.5)
+    assert np.isfinite(RULES[rule](measured)).all()
+    assert 0.35 < cut.macs_share <= 0.5
+
+
+def test_uniform_keeps_the_same_share_everywhere(measured: Measured):
+    shares = [width / size for width, size in zip(widths(measured, "uniform"), SIZES, strict=True)]
+    assert max(shares) - min(shares) <= 1 / min(SIZES)
+
+
+def test_costs_move_the_budget_from_early_to_late(measured: Measured):
+    even, late = widths(measured, "uniform"), widths(measured, "cost")
+    assert late[0] < even[0] and late[-1] > even[-1]
+
+
+def test_dead_gates_enter_after_the_living_and_the_later_dead_first(measured: Measured):
+    gates, died_at = measured.gates.copy(), measured.died_at.copy()
+    gates[[0, 1]], died_at[[0, 1]] = 0, (5, 9)
+    order = Measured(
+        measured.groups, gates, died_at, measured.early, measured.late
+    ).order_of_gates()
+    assert order[0] < order[1] < np.delete(order, [0, 1]).min()
