@@ -16,6 +16,8 @@ from benchmarks.timing import Clock, Variant
 from pfs_fast.analysis import channel_graph
 from pfs_fast.config import PRECISIONS
 from pfs_fast.groups import ChannelGroups
+from pfs_fast.kept_memory import KeptMemory
+from pfs_fast.loop import SearchLoop
 from pfs_fast.plan import prepare
 from pfs_fast.scope import Site, gate_sites, gated_groups
 
@@ -79,6 +81,17 @@ def gate_places(model: nn.Module, size: int) -> tuple[ChannelGroups, tuple[Site,
     return groups, gate_sites(graph, groups, "paper")
 
 
+def _as_in_search(loop: SearchLoop) -> Callable[[Tensor, Tensor], None]:
+    """The step with the memory that ``pfs_fast.search`` keeps around all of them."""
+    memory = KeptMemory()
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        with memory:
+            loop.step(images, labels)
+
+    return step
+
+
 def all_steps(
     model: nn.Module, images: Tensor, settings: Settings, *, target: float = 0.5
 ) -> Steps:
@@ -103,7 +116,7 @@ def all_steps(
     steps = {
         "naive": Step(naive.step, naive.network, "fp32", channels_last=False),
         "folded": Step(folded.step, folded.network, native, channels_last=True),
-        "ours": Step(loop.step, loop.network, native, channels_last=True),
+        "ours": Step(_as_in_search(loop), loop.network, native, channels_last=True),
     }
     skipped = {"cudnn": cudnn_reason(device)}
     reason = compiled_reason(device, settings.compiled)

@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
+#include "cpu/kept_memory.h"
 #include "pfs_ops.h"
 
 #define PFS_STRINGIFY_(x) #x
@@ -32,4 +34,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cpu_isa", [] { return std::string(pfs::cpu_isa()); },
       "Instruction set of the CPU kernels in this process.");
+  pybind11::class_<pfs::cpu::KeptMemory>(m, "KeptMemory", "See pfs_fast/kept_memory.py.")
+      .def(pybind11::init<>())
+      .def("enter", &pfs::cpu::KeptMemory::enter)
+      .def("exit", &pfs::cpu::KeptMemory::exit);
+  m.def(
+      "kept_bytes",
+      [] {
+        const pfs::cpu::KeptBytes bytes = pfs::cpu::kept_bytes();
+        return std::pair<int64_t, int64_t>(bytes.in_use, bytes.free);
+      },
+      "(bytes in use, bytes kept free) of the blocks of KeptMemory.");
 }

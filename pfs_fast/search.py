@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint, fingerprint
 from .config import SearchConfig
 from .errors import ConfigError, NonFiniteLossError
 from .graphs import side_stream
+from .kept_memory import kept_memory
 from .loop import LoopState
 from .plan import Plan, choose_device, prepare
 from .progress import Progress
@@ -93,6 +94,7 @@ def search(
         torch.enable_grad(),  # whatever the caller has switched off
         torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
         side_stream(place),
+        kept_memory(place),
     ):
         torch.manual_seed(config.seed)
         _set_epoch(loader, 0)

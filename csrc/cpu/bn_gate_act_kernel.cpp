@@ -1,8 +1,6 @@
 // bn_gate_act on the CPU: checks, allocation, threads. The arithmetic is in
 // bn_gate_act_kernel_impl.h.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -12,6 +10,7 @@
 #include "../pfs_ops.h"
 #include "bn_gate_act_plan.h"
 #include "isa.h"
+#include "kept_memory.h"
 
 namespace pfs {
 
@@ -164,10 +163,15 @@ SlopeSource slope_source(Act act, bool has_residual) {
   return static_cast<SlopeSource>(act);
 }
 
+// x: contiguous in the layout that it suggests.
+at::Tensor empty_like(const at::Tensor& x) {
+  return cpu::empty(x.sizes(), x.scalar_type(), x.suggest_memory_format());
+}
+
 at::Tensor make_aux(const at::Tensor& x, AuxKind kind) {
-  if (kind == AuxKind::kPreAct) return at::empty_like(x);
-  return at::empty({kind == AuxKind::kBitmask ? (x.numel() + 7) / 8 : 0},
-                   x.options().dtype(at::kByte));
+  if (kind == AuxKind::kPreAct) return empty_like(x);
+  return cpu::empty({kind == AuxKind::kBitmask ? (x.numel() + 7) / 8 : 0}, at::kByte,
+                    at::MemoryFormat::Contiguous);
 }
 
 }  // namespace
@@ -187,7 +191,7 @@ BnGateActOutputs bn_gate_act_cpu(const at::Tensor& x_in, const OptionalTensor& g
   const DtypeKernels& kernels = kernels_for(x.scalar_type());
   const Layout layout = cpu::make_layout(x, kernels.tile);
 
-  at::Tensor y = at::empty_like(x);
+  at::Tensor y = empty_like(x);
   at::Tensor aux = make_aux(x, aux_kind(act, has_residual));
   Channels mean(num_channels, 0.0), var(num_channels, 0.0);
   if (!training) {
@@ -238,8 +242,8 @@ BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::T
   const Layout layout = cpu::make_layout(x, kernels.tile);
   const auto [wants_x, wants_gate, wants_weight, wants_bias, wants_residual] = output_mask;
 
-  at::Tensor grad_x = wants_x ? at::empty_like(x) : at::empty({0}, x.options());
-  at::Tensor grad_residual = wants_residual ? at::empty_like(x) : at::empty({0}, x.options());
+  at::Tensor grad_x = wants_x ? empty_like(x) : at::empty({0}, x.options());
+  at::Tensor grad_residual = wants_residual ? empty_like(x) : at::empty({0}, x.options());
   const Channels mean = read_channels(mean_in, num_channels, 0);
   const Channels gate = read_channels(gate_in, num_channels, 1);
   const Channels weight = read_channels(weight_in, num_channels, 1);

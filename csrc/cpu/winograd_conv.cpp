@@ -5,8 +5,6 @@
 // transformed ones, up to 4 times as large as the weights, need no memory between calls and never go
 // stale.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,6 +12,7 @@
 #include "../checks.h"
 #include "../pfs_ops.h"
 #include "isa.h"
+#include "kept_memory.h"
 
 namespace pfs {
 namespace {
@@ -42,7 +41,7 @@ int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to;
 class Buffer {
  public:
   explicit Buffer(int64_t floats)
-      : data_(c10::GetCPUAllocator()->allocate(static_cast<size_t>(floats) * sizeof(float))) {}
+      : data_(cpu::allocate(static_cast<size_t>(floats) * sizeof(float))) {}
   float* get() const { return static_cast<float*>(data_.get()); }
 
  private:
@@ -230,8 +229,8 @@ at::Tensor convolve(const WinogradKernels& kernels, const at::Tensor& x_in,
   shape.tiles_x = at::divup(shape.out_width, kernels.tile);
   shape.reversed = reversed;
   const at::Tensor y =
-      at::empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
-                x.options().memory_format(at::MemoryFormat::ChannelsLast));
+      cpu::empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width}, at::kFloat,
+                 at::MemoryFormat::ChannelsLast);
   run({kernels, shape, x.const_data_ptr<float>(), weight.const_data_ptr<float>(), bias,
        y.mutable_data_ptr<float>()});
   return y.contiguous(x_in.suggest_memory_format());
