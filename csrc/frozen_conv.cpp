@@ -1,11 +1,12 @@
-// Convolution with constant weights. The arithmetic is PyTorch's; what is ours is that its input is
-// not kept.
+// Convolution with constant weights. The arithmetic is PyTorch's but for small float32 kernels on the
+// CPU (direct_conv.h); what is ours everywhere is that its input is not kept.
 #include <ATen/ops/convolution.h>
 #include <torch/library.h>
 
 #include <vector>
 
 #include "checks.h"
+#include "cpu/direct_conv.h"
 #include "pfs_ops.h"
 
 namespace pfs {
@@ -31,6 +32,23 @@ void check_options(const char* op, const at::Tensor& weight, int64_t dims, at::I
   TORCH_CHECK_VALUE(groups >= 1 && weight.size(0) % groups == 0, op,
                     ": groups must be at least 1 and divide the output channels, ", weight.size(0),
                     ", got ", groups, "; correct it");
+}
+
+// Whether grad_y has the shape of the output for input_size.
+bool has_output_of(const at::Tensor& grad_y, const at::Tensor& weight, at::IntArrayRef input_size,
+                   at::IntArrayRef stride, at::IntArrayRef padding) {
+  bool same = grad_y.size(0) == input_size[0] && grad_y.size(0) > 0 &&
+              grad_y.size(1) == weight.size(0) && input_size[1] == weight.size(1);
+  for (int64_t d = 0; d < 2; ++d) {
+    const int64_t reached = input_size[d + 2] + 2 * padding[d] - weight.size(d + 2);
+    same = same && reached >= 0 && grad_y.size(d + 2) == reached / stride[d] + 1;
+  }
+  return same;
+}
+
+// Whether a kernel fits into the padded image; where it does not, PyTorch says so.
+bool fits(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef padding) {
+  return x.size(2) + 2 * padding[0] >= weight.size(2) && x.size(3) + 2 * padding[1] >= weight.size(3);
 }
 
 }  // namespace
@@ -60,6 +78,10 @@ at::Tensor frozen_conv(const at::Tensor& x, const at::Tensor& weight, const Opti
                      bias->scalar_type(), "; cast the frozen bias once");
     checks::check_same_device(op, "bias", *bias, x);
   }
+  if (x.size(0) > 0 && cpu::direct_conv_serves(x, weight, stride, dilation, groups) &&
+      fits(x, weight, padding)) {
+    return cpu::direct_conv(x, weight, bias, stride, padding);
+  }
   const std::vector<int64_t> no_output_padding(stride.size(), 0);
   return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false,
                          no_output_padding, groups);
@@ -81,6 +103,10 @@ at::Tensor frozen_conv_backward(const at::Tensor& grad_y, const at::Tensor& weig
                    ": weight must have the dtype of grad_y, ", grad_y.scalar_type(), ", got ",
                    weight.scalar_type(), "; use one dtype");
   checks::check_same_device(op, "weight", weight, grad_y, "grad_y");
+  if (dims == 4 && cpu::direct_conv_serves(grad_y, weight, stride, dilation, groups) &&
+      has_output_of(grad_y, weight, input_size, stride, padding)) {
+    return cpu::direct_conv_backward(grad_y, weight, input_size, stride, padding);
+  }
   // Rows at the end that a stride > 1 steps over are in the input, but in no window.
   std::vector<int64_t> output_padding;
   for (int64_t d = 0; d < dims - 2; ++d) {

@@ -3,13 +3,11 @@
 
 #include <utility>
 
-#include "winograd_gemm.h"
 #include "winograd_kernel.h"
+#include "winograd_points.h"
 
 namespace pfs::cpu {
 namespace {
-
-constexpr int64_t kPanel = 2 * kLanes;
 
 // The first `count` lanes, fewer than all; the others are 0, and their memory is not touched.
 PFS_INLINE Floats load_some(const float* p, int64_t count) {
@@ -249,20 +247,8 @@ void multiply(const Spectrum& input, const PackedWeights& packed, const Spectrum
     const float* a = input.data + f * input.frequency;
     const float* b = packed.data + f * packed.frequency;
     float* c = product.data + f * product.frequency;
-    for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
-      const int64_t span = depth - k < kDepth ? depth - k : kDepth;
-      for (int64_t n = 0; n < packed.width; n += kPanel) {
-        const bool pair = packed.width - n >= kPanel;
-        const float* panel = b + n * depth + k * (pair ? kPanel : kLanes);
-        if (pair) {
-          multiply_panel<2>(fetch_first, fetch_second, a + k, input.row, panel, c + n, product.row,
-                            rows, span, k > 0);
-        } else {
-          multiply_panel<1>(fetch_first, fetch_second, a + k, input.row, panel, c + n, product.row,
-                            rows, span, k > 0);
-        }
-      }
-    }
+    multiply_packed(fetch_first, fetch_second, a, input.row, b, c, product.row, rows, depth,
+                    packed.width, /*add=*/false);
   }
 }
 

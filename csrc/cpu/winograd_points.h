@@ -4,16 +4,13 @@
 // They evaluate polynomials at 0, infinity and pairs of points +-a, so that each pair shares its even
 // and its odd part. Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv
 // 1509.09308; points of F(4, 3): 0, +-1/sqrt(2), +-sqrt(2), infinity, which round better than the
-// usual 0, +-1, +-2, infinity. Included after tile.h.
+// usual 0, +-1, +-2, infinity.
 #pragma once
 
-#include "tile.h"
+#include "gemm.h"
 
 namespace pfs::cpu {
 namespace {
-
-using Floats = Vec<float>::V;
-constexpr int kLanes = Vec<float>::kLanes;
 
 template <int kOutputs>
 struct Points;

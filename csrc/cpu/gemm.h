@@ -1,14 +1,18 @@
-// product = input x weights for one frequency: a register-blocked multiplication of float matrices.
+// A register-blocked multiplication of float matrices by weights that are packed in panels.
 //
 // A block of kRows rows and two vectors of columns stays in registers while it runs over the depth;
-// the panel of weights that it reads stays in the first-level cache for all rows. Included after
-// winograd_points.h.
+// the panel of weights that it reads stays in the first-level cache for all rows. Included by files
+// that are compiled once per instruction set.
 #pragma once
 
-#include "winograd_points.h"
+#include "tile.h"
 
 namespace pfs::cpu {
 namespace {
+
+using Floats = Vec<float>::V;
+constexpr int kLanes = Vec<float>::kLanes;
+constexpr int64_t kPanel = 2 * kLanes;
 
 constexpr int kMaxRows = 6;  // 12 sums, 2 weights and an input: of 16 registers
 // Depth of a panel of weights: 2 * lanes * kDepth floats are half of a first-level cache of 32 KiB
@@ -71,8 +75,8 @@ class Fetch {
 
 // All rows against one panel.
 template <int kVectors>
-void multiply_panel(Fetch& first, Fetch& second, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row,
-                    int64_t rows, int64_t depth, bool add) {
+void multiply_panel(Fetch& first, Fetch& second, const float* a, int64_t a_row, const float* b,
+                    float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
   int64_t r = 0;
   for (; r + kMaxRows <= rows; r += kMaxRows) {
     first.some();
@@ -94,6 +98,27 @@ void multiply_panel(Fetch& first, Fetch& second, const float* a, int64_t a_row, 
       return multiply_block<5, kVectors>(a, a_row, b, c, c_row, depth, add);
     default:
       return;
+  }
+}
+
+// c [rows, width] (+)= a [rows, depth] packed. width: a multiple of lanes; packed: panels of two
+// vectors of columns (the last one perhaps of one), [depth][columns of the panel] each.
+PFS_INLINE void multiply_packed(Fetch& first, Fetch& second, const float* a, int64_t a_row,
+                                const float* packed, float* c, int64_t c_row, int64_t rows,
+                                int64_t depth, int64_t width, bool add) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
+    const int64_t span = depth - k < kDepth ? depth - k : kDepth;
+    for (int64_t n = 0; n < width; n += kPanel) {
+      const bool pair = width - n >= kPanel;
+      const float* panel = packed + n * depth + k * (pair ? kPanel : kLanes);
+      if (pair) {
+        multiply_panel<2>(first, second, a + k, a_row, panel, c + n, c_row, rows, span,
+                          add || k > 0);
+      } else {
+        multiply_panel<1>(first, second, a + k, a_row, panel, c + n, c_row, rows, span,
+                          add || k > 0);
+      }
+    }
   }
 }
 
