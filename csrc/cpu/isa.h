@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "bn_gate_act_kernel.h"
+#include "max_pool_kernel.h"
 #include "winograd_kernel.h"
 
 namespace pfs::cpu {
@@ -15,6 +16,7 @@ struct Isa {
   const char* name;
   const Kernels* kernels;  // null: not compiled
   const WinogradKernels* winograd;  // likewise
+  const MaxPoolKernels* max_pool;   // likewise
   bool runs_here;
 };
 
@@ -26,11 +28,11 @@ inline Isa find_isa(std::string_view name) {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (name == "avx512") return {"avx512", kernels_avx512, winograd_avx512, has_avx512};
-  if (name == "avx2") return {"avx2", kernels_avx2, winograd_avx2, has_avx2};
+  if (name == "avx512") return {"avx512", kernels_avx512, winograd_avx512, max_pool_avx512, has_avx512};
+  if (name == "avx2") return {"avx2", kernels_avx2, winograd_avx2, max_pool_avx2, has_avx2};
 #endif
-  if (name != "baseline") return {"", nullptr, nullptr, false};
-  return {"baseline", kernels_baseline, winograd_baseline, true};
+  if (name != "baseline") return {"", nullptr, nullptr, nullptr, false};
+  return {"baseline", kernels_baseline, winograd_baseline, max_pool_baseline, true};
 }
 
 inline Isa choose_isa() {
