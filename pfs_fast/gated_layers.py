@@ -143,7 +143,8 @@ def pool_of_call(node: fx.Node) -> nn.MaxPool2d | None:
     images = [node.args[0]] if node.args else [options.pop("input", None)]
     if "input" in options or not isinstance(images[0], fx.Node) or len(node.all_input_nodes) != 1:
         return None
-    options["stride"] = options.get("stride") or None  # torch.max_pool2d's default is an empty list
+    if options.get("stride") in ((), []):  # torch.max_pool2d's default
+        options["stride"] = None
     try:
         return nn.MaxPool2d(**options)
     except TypeError:  # options that torch refuses: let the call tell
