@@ -28,12 +28,12 @@ FUSED = {
     "function": lambda: lambda x: F.max_pool2d(x, 2),
     "keywords": lambda: lambda x: F.max_pool2d(input=x, kernel_size=3, stride=1, padding=1),
     "torch function": lambda: lambda x: torch.max_pool2d(x, (2, 2)),
+    "forward of a subclass": lambda: Shouting(2),
     "two of them": lambda: lambda x: F.max_pool2d(F.max_pool2d(x, 2), 3, 1),
 }
 LEFT = {
     "rounded up": lambda: nn.MaxPool2d(5, ceil_mode=True),
     "dilated": lambda: nn.MaxPool2d(2, dilation=2),
-    "subclass": lambda: Shouting(2),
     "function rounded up": lambda: lambda x: F.max_pool2d(x, 5, ceil_mode=True),
     "indices": lambda: lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
     "computed": lambda: lambda x: F.max_pool2d(x, x.shape[2] // 2),
@@ -104,6 +104,7 @@ def test_form_that_the_operator_has():
         nn.MaxPool2d(2, return_indices=True),
         nn.MaxPool2d(2, dilation=(1, 2)),
         nn.MaxPool1d(2),
+        Shouting(2),
         nn.MaxPool2d(2.0),
     ):
         assert not can_pool(pool)
