@@ -218,16 +218,15 @@ inline PoolShape check_pool(const char* op, const char* name, at::IntArrayRef in
   check_pool_pair(op, "kernel", kernel, 1);
   check_pool_pair(op, "stride", stride, 1);
   check_pool_pair(op, "padding", padding, 0);
-  TORCH_CHECK_VALUE(kernel[0] <= kMaxTaps && kernel[1] <= kMaxTaps &&
-                        kernel[0] * kernel[1] <= kMaxTaps,
-                    op, ": kernel must have at most ", kMaxTaps, " values, got ", kernel,
-                    "; use torch.nn.functional.max_pool2d for larger windows");
+  TORCH_CHECK_VALUE(
+      kernel[0] <= kMaxTaps && kernel[1] <= kMaxTaps && kernel[0] * kernel[1] <= kMaxTaps, op,
+      ": kernel must have at most ", kMaxTaps, " values, got ", kernel,
+      "; use torch.nn.functional.max_pool2d for larger windows");
   for (size_t d = 0; d < 2; ++d) {
     TORCH_CHECK_VALUE(stride[d] <= kMaxStep, op, ": stride must be at most ", kMaxStep, ", got ",
                       stride, "; correct it");
-    TORCH_CHECK_VALUE(padding[d] <= kernel[d] / 2, op,
-                      ": padding must be at most half of kernel, ", kernel, ", got ", padding,
-                      "; pad with torch.nn.functional.pad");
+    TORCH_CHECK_VALUE(padding[d] <= kernel[d] / 2, op, ": padding must be at most half of kernel, ",
+                      kernel, ", got ", padding, "; pad with torch.nn.functional.pad");
     TORCH_CHECK_VALUE(input_size[d + 2] >= 1 && input_size[d + 2] + 2 * padding[d] >= kernel[d], op,
                       ": ", name, " must be at least as high and wide as kernel, ", kernel,
                       ", with its padding, ", padding, ", got shape ", input_size,

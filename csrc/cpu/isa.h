@@ -14,7 +14,7 @@ namespace pfs::cpu {
 
 struct Isa {
   const char* name;
-  const Kernels* kernels;  // null: not compiled
+  const Kernels* kernels;           // null: not compiled
   const WinogradKernels* winograd;  // likewise
   const MaxPoolKernels* max_pool;   // likewise
   bool runs_here;
@@ -28,7 +28,8 @@ inline Isa find_isa(std::string_view name) {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (name == "avx512") return {"avx512", kernels_avx512, winograd_avx512, max_pool_avx512, has_avx512};
+  if (name == "avx512")
+    return {"avx512", kernels_avx512, winograd_avx512, max_pool_avx512, has_avx512};
   if (name == "avx2") return {"avx2", kernels_avx2, winograd_avx2, max_pool_avx2, has_avx2};
 #endif
   if (name != "baseline") return {"", nullptr, nullptr, nullptr, false};

@@ -67,8 +67,8 @@ MaxPoolOutputs max_pool_cpu(const at::Tensor& x_in, at::IntArrayRef kernel, at::
 at::Tensor max_pool_backward_cpu(const at::Tensor& grad_y_in, const at::Tensor& offsets_in,
                                  at::IntArrayRef input_size, at::IntArrayRef kernel,
                                  at::IntArrayRef stride, at::IntArrayRef padding) {
-  const PoolShape shape = checks::check_max_pool_backward(grad_y_in, offsets_in, input_size, kernel,
-                                                          stride, padding);
+  const PoolShape shape =
+      checks::check_max_pool_backward(grad_y_in, offsets_in, input_size, kernel, stride, padding);
   const at::MemoryFormat format = offsets_in.suggest_memory_format();
   const at::Tensor grad_y = grad_y_in.contiguous(format), offsets = offsets_in.contiguous(format);
   const at::Tensor grad_x = at::empty(input_size, grad_y.options().memory_format(format));

@@ -18,11 +18,11 @@ namespace {
 
 template <int kLanes>
 struct Bytes;
-#define PFS_BYTES(lanes)                                                                         \
-  template <>                                                                                    \
-  struct Bytes<lanes> {                                                                          \
-    typedef uint8_t V __attribute__((vector_size(lanes)));                                       \
-    typedef uint16_t Wide __attribute__((vector_size(2 * lanes)));                               \
+#define PFS_BYTES(lanes)                                           \
+  template <>                                                      \
+  struct Bytes<lanes> {                                            \
+    typedef uint8_t V __attribute__((vector_size(lanes)));         \
+    typedef uint16_t Wide __attribute__((vector_size(2 * lanes))); \
   };
 PFS_BYTES(2)
 PFS_BYTES(4)
@@ -56,8 +56,7 @@ PFS_INLINE TileMask<Acc<T>> load_taps(const uint8_t* p) {
   } else {  // even values in one vector, odd ones in the other
     using B = Bytes<kTile<T>>;
     using U = typename Vec<A>::U;
-    const U pairs =
-        (U)__builtin_convertvector(load_bytes<typename B::V>(p), typename B::Wide);
+    const U pairs = (U) __builtin_convertvector(load_bytes<typename B::V>(p), typename B::Wide);
     return {(I)(pairs & 0xffffu), (I)(pairs >> 16)};
   }
 }
@@ -119,8 +118,8 @@ struct Windows {
   }
 };
 
-// Calls body(c) for whole tiles of channels from c on, which cover all channels. The last of several tiles is a whole one too:
-// it does some channels of the one before again.
+// Calls body(c) for whole tiles of channels from c on, which cover all channels. The last of
+// several tiles is a whole one too: it does some channels of the one before again.
 template <class T, class Body>
 PFS_INLINE void for_each_tile(int64_t channels, Body&& body) {
   for (int64_t c = 0; c < channels; c += kTile<T>)

@@ -21,8 +21,7 @@ struct PoolPlace {
   Index image, row, column, pack;
 
   // Pack i of a dense [images, height, width, packs].
-  C10_HOST_DEVICE PoolPlace(Index i, const PoolShape& s, int pack_size, Index height,
-                            Index width) {
+  C10_HOST_DEVICE PoolPlace(Index i, const PoolShape& s, int pack_size, Index height, Index width) {
     const Index packs = static_cast<Index>(s.channels / pack_size);
     pack = i % packs;
     i /= packs;
@@ -63,8 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int v = 0; v < V; ++v) {
     best[v] = -std::numeric_limits<acc>::infinity();
     chosen.values[v] = static_cast<T>(best[v]);
-    taps.values[v] =
-        static_cast<uint8_t>((first_row - top) * s.kernel_x + first_column - left);
+    taps.values[v] = static_cast<uint8_t>((first_row - top) * s.kernel_x + first_column - left);
   }
   for (int64_t row = first_row; row < last_row; ++row) {
     for (int64_t column = first_column; column < last_column; ++column) {
@@ -96,10 +94,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   const PoolPlace<Index> place(static_cast<Index>(i), s, V, static_cast<Index>(s.height),
                                static_cast<Index>(s.width));
   const int64_t down = place.row + s.pad_y, right = place.column + s.pad_x;
-  const int64_t first_row =
-      down < s.kernel_y ? 0 : (down - s.kernel_y) / s.stride_y + 1;
-  const int64_t first_column =
-      right < s.kernel_x ? 0 : (right - s.kernel_x) / s.stride_x + 1;
+  const int64_t first_row = down < s.kernel_y ? 0 : (down - s.kernel_y) / s.stride_y + 1;
+  const int64_t first_column = right < s.kernel_x ? 0 : (right - s.kernel_x) / s.stride_x + 1;
   const int64_t last_row = at_most(down / s.stride_y, s.out_height - 1);
   const int64_t last_column = at_most(right / s.stride_x, s.out_width - 1);
   const int64_t image = place.image * s.out_height * s.out_width * s.channels + place.pack * V;
@@ -110,8 +106,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       const int64_t from = image + (row * s.out_width + column) * s.channels;
       const Pack<uint8_t, V> taps = load_pack<V>(offsets + from);
       const Pack<T, V> grads = load_pack<V>(grad_y + from);
-      const int64_t tap =
-          (down - row * s.stride_y) * s.kernel_x + right - column * s.stride_x;
+      const int64_t tap = (down - row * s.stride_y) * s.kernel_x + right - column * s.stride_x;
 #pragma unroll
       for (int v = 0; v < V; ++v)
         if (taps.values[v] == tap) sum[v] += static_cast<acc>(grads.values[v]);

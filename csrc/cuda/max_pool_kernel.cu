@@ -31,8 +31,8 @@ void dispatch_pool(const PoolShape& shape, bool aligned, int64_t values, const R
   const auto with_pack = [&](auto pack) {
     values < kSmall ? run(pack, uint32_t{}) : run(pack, int64_t{});
   };
-  aligned && shape.channels % kPackSize<T> == 0 ? with_pack(Packed<kPackSize<T>>{})
-                                                : with_pack(Packed<1>{});
+  aligned&& shape.channels % kPackSize<T> == 0 ? with_pack(Packed<kPackSize<T>>{})
+                                               : with_pack(Packed<1>{});
 }
 
 int64_t num_blocks(int64_t threads) { return (threads + kMaxThreads - 1) / kMaxThreads; }
@@ -67,8 +67,8 @@ MaxPoolOutputs max_pool_cuda(const at::Tensor& x_in, at::IntArrayRef kernel, at:
 at::Tensor max_pool_backward_cuda(const at::Tensor& grad_y_in, const at::Tensor& offsets_in,
                                   at::IntArrayRef input_size, at::IntArrayRef kernel,
                                   at::IntArrayRef stride, at::IntArrayRef padding) {
-  const PoolShape sizes = checks::check_max_pool_backward(grad_y_in, offsets_in, input_size, kernel,
-                                                          stride, padding);
+  const PoolShape sizes =
+      checks::check_max_pool_backward(grad_y_in, offsets_in, input_size, kernel, stride, padding);
   const DeviceScope scope(grad_y_in.device());
   const at::MemoryFormat format = offsets_in.suggest_memory_format();
   const at::Tensor grad_y = grad_y_in.contiguous(format), offsets = offsets_in.contiguous(format);

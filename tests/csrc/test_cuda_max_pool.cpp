@@ -1,5 +1,5 @@
-// The CUDA kernels of max_pool on the host, against loops over every window. Needs neither a GPU nor
-// ATen.
+// The CUDA kernels of max_pool on the host, against loops over every window. Needs neither a GPU
+// nor ATen.
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -94,7 +94,8 @@ void test_kernels(const PoolShape& s) {
   const int64_t out = s.batch * s.out_height * s.out_width * s.channels;
   const std::vector<T> x = draw<T>(in, 1);
   std::vector<T> grad_y = draw<T>(out, 2);
-  for (T& g : grad_y) g = same(g, g) && !std::isnan(static_cast<double>(g)) ? g : static_cast<T>(1.0f);
+  for (T& g : grad_y)
+    g = same(g, g) && !std::isnan(static_cast<double>(g)) ? g : static_cast<T>(1.0f);
   const Result<T> expected = by_loops(s, x, grad_y);
   for (const bool reversed : {false, true}) {
     pfs_emulation::reverse_order = reversed;
@@ -122,9 +123,9 @@ void test_kernels(const PoolShape& s) {
 
 int main() {
   const PoolShape shapes[] = {
-      make_shape(2, 16, 8, 8, 2, 2, 2, 2, 0, 0),  make_shape(2, 8, 7, 9, 3, 3, 2, 2, 1, 1),
-      make_shape(3, 24, 5, 4, 3, 3, 1, 1, 1, 1),  make_shape(2, 8, 6, 7, 3, 2, 1, 3, 1, 0),
-      make_shape(1, 8, 11, 6, 2, 2, 5, 5, 0, 0),  make_shape(4, 8, 1, 1, 3, 3, 2, 2, 1, 1),
+      make_shape(2, 16, 8, 8, 2, 2, 2, 2, 0, 0),   make_shape(2, 8, 7, 9, 3, 3, 2, 2, 1, 1),
+      make_shape(3, 24, 5, 4, 3, 3, 1, 1, 1, 1),   make_shape(2, 8, 6, 7, 3, 2, 1, 3, 1, 0),
+      make_shape(1, 8, 11, 6, 2, 2, 5, 5, 0, 0),   make_shape(4, 8, 1, 1, 3, 3, 2, 2, 1, 1),
       make_shape(1, 8, 20, 20, 15, 17, 3, 2, 7, 8)};
   for (PoolShape s : shapes) {
     test_kernels<float, 4, uint32_t>(s);
