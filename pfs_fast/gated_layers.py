@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -13,6 +14,8 @@ from . import rules, winograd
 from .gates import GateBank
 
 MAX_TAPS = 255  # of a window of ``max_pool``, whose offsets are bytes
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float64})
+_POOL_DTYPES = {"cpu": _FLOATS, "cuda": _FLOATS | {torch.float16}}
 
 
 class FusedNorm(nn.Module):
@@ -109,8 +112,8 @@ class MaxPool(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
         pool = self.pool
-        if input.dim() != 4:  # without a batch dimension
-            return pool(input)
+        if input.dim() != 4 or input.dtype not in _POOL_DTYPES.get(input.device.type, ()):
+            return pool(input)  # without a batch dimension, or of numbers that the operator has not
         return self._ops.max_pool(input, pool.kernel_size, pool.stride, pool.padding)
 
 

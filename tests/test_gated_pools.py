@@ -97,6 +97,11 @@ def test_without_a_batch_dimension_the_layer_runs(kernels):
     assert torch.equal(MaxPool(pool, kernels)(x), pool(x))
 
 
+def test_numbers_that_the_operator_has_not_stay_torchs():
+    x = torch.randint(-9, 9, (2, 3, 6, 6)).to(torch.int32)
+    assert torch.equal(MaxPool(nn.MaxPool2d(2), ops)(x), F.max_pool2d(x, 2))
+
+
 def test_form_that_the_operator_has():
     assert can_pool(nn.MaxPool2d((15, 17), 3, (7, 8)))
     for pool in (
