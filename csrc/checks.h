@@ -5,11 +5,13 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <string_view>
 
 #include "activation.h"
+#include "pool_shape.h"
 
 namespace pfs::checks {
 
@@ -193,6 +195,83 @@ inline void check_gate_step(const at::Tensor& gates, const at::Tensor& grad,
   TORCH_CHECK_VALUE(num_gates >= gates.numel() && (num_gates > 0 || gates.numel() == 0), op,
                     ": num_gates must be at least the number of gates, ", gates.numel(), ", got ",
                     num_gates, "; count all gates, also those already removed");
+}
+
+inline void check_pool_pair(const char* op, const char* name, at::IntArrayRef values,
+                            int64_t least) {
+  TORCH_CHECK_VALUE(values.size() == 2, op, ": ", name, " must have two values, got ", values,
+                    "; pass one for each spatial dimension");
+  for (const int64_t value : values) {
+    TORCH_CHECK_VALUE(value >= least, op, ": ", name, " must be at least ", least, ", got ", values,
+                      "; correct it");
+  }
+}
+
+// Checks the options of a max_pool of input_size [N, C, H, W]; returns its sizes.
+inline PoolShape check_pool(const char* op, const char* name, at::IntArrayRef input_size,
+                            at::IntArrayRef kernel, at::IntArrayRef stride,
+                            at::IntArrayRef padding) {
+  constexpr int64_t kMaxTaps = 255, kMaxStep = int64_t{1} << 31;
+  TORCH_CHECK_VALUE(input_size.size() == 4, op, ": ", name,
+                    " must have 4 dimensions [N, C, H, W], got shape ", input_size,
+                    "; add the batch dimension");
+  check_pool_pair(op, "kernel", kernel, 1);
+  check_pool_pair(op, "stride", stride, 1);
+  check_pool_pair(op, "padding", padding, 0);
+  TORCH_CHECK_VALUE(
+      kernel[0] <= kMaxTaps && kernel[1] <= kMaxTaps && kernel[0] * kernel[1] <= kMaxTaps, op,
+      ": kernel must have at most ", kMaxTaps, " values, got ", kernel,
+      "; use torch.nn.functional.max_pool2d for larger windows");
+  for (size_t d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(stride[d] <= kMaxStep, op, ": stride must be at most ", kMaxStep, ", got ",
+                      stride, "; correct it");
+    TORCH_CHECK_VALUE(padding[d] <= kernel[d] / 2, op, ": padding must be at most half of kernel, ",
+                      kernel, ", got ", padding, "; pad with torch.nn.functional.pad");
+    TORCH_CHECK_VALUE(input_size[d + 2] >= 1 && input_size[d + 2] + 2 * padding[d] >= kernel[d], op,
+                      ": ", name, " must be at least as high and wide as kernel, ", kernel,
+                      ", with its padding, ", padding, ", got shape ", input_size,
+                      "; use a smaller kernel");
+  }
+  const auto pooled = [&](size_t d) {
+    return (input_size[d + 2] + 2 * padding[d] - kernel[d]) / stride[d] + 1;
+  };
+  return {input_size[0], input_size[1], input_size[2], input_size[3], pooled(0),  pooled(1),
+          kernel[0],     kernel[1],     stride[0],     stride[1],     padding[0], padding[1]};
+}
+
+inline PoolShape check_max_pool(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
+                                at::IntArrayRef padding) {
+  constexpr const char* op = "max_pool";
+  const PoolShape shape = check_pool(op, "x", x.sizes(), kernel, stride, padding);
+  check_x(op, x);
+  return shape;
+}
+
+inline PoolShape check_max_pool_backward(const at::Tensor& grad_y, const at::Tensor& offsets,
+                                         at::IntArrayRef input_size, at::IntArrayRef kernel,
+                                         at::IntArrayRef stride, at::IntArrayRef padding) {
+  constexpr const char* op = "_max_pool_backward";
+  for (const int64_t size : input_size) {
+    TORCH_CHECK_VALUE(size >= 0, op, ": input_size must be at least 0, got ", input_size,
+                      "; pass x.shape");
+  }
+  const PoolShape shape = check_pool(op, "input_size", input_size, kernel, stride, padding);
+  TORCH_CHECK_TYPE(is_supported_dtype(grad_y.scalar_type(), grad_y.is_cuda()), op,
+                   ": grad_y must have the dtype of x, got ", grad_y.scalar_type(),
+                   "; pass the gradient of max_pool's output");
+  const auto check_shape = [&](const char* name, const at::Tensor& t) {
+    const std::array<int64_t, 4> wanted{shape.batch, shape.channels, shape.out_height,
+                                        shape.out_width};
+    TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(wanted), op, ": ", name,
+                      " must have the shape of max_pool's output, ", at::IntArrayRef(wanted),
+                      ", got ", t.sizes(), "; pass what belongs to input_size ", input_size);
+  };
+  check_shape("grad_y", grad_y);
+  check_shape("offsets", offsets);
+  TORCH_CHECK_TYPE(offsets.scalar_type() == at::kByte, op, ": offsets must be uint8, got ",
+                   offsets.scalar_type(), "; pass what max_pool returned");
+  check_same_device(op, "offsets", offsets, grad_y, "grad_y");
+  return shape;
 }
 
 }  // namespace pfs::checks

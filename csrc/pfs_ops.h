@@ -103,9 +103,9 @@ at::Tensor frozen_conv_backward(  // grad_x [N, C_in, *spatial] = input_size, in
 // frozen_conv of a 3x3 kernel with stride 1 in float32 on the CPU, by Winograd's minimal filtering
 // F(tile x tile, 3x3): the same sums with 2.25 (tile 2) or 4 (tile 4) times fewer products, rounded
 // otherwise. The result does not depend on the number of threads.
-at::Tensor winograd_conv(        // [N, C_out, H + 2 padding[0] - 2, W + 2 padding[1] - 2], layout(x)
-    const at::Tensor& x,         // [N, C_in, H, W], float32
-    const at::Tensor& weight,    // [C_out, C_in, 3, 3], float32
+at::Tensor winograd_conv(      // [N, C_out, H + 2 padding[0] - 2, W + 2 padding[1] - 2], layout(x)
+    const at::Tensor& x,       // [N, C_in, H, W], float32
+    const at::Tensor& weight,  // [C_out, C_in, 3, 3], float32
     const OptionalTensor& bias,  // [C_out], float32
     at::IntArrayRef padding,     // two values in [0, 2]
     int64_t tile);               // 2 or 4
@@ -114,6 +114,34 @@ at::Tensor winograd_conv_backward(  // grad_x [N, C_in, H, W], layout(grad_y)
     const at::Tensor& grad_y,       // [N, C_out, H_out, W_out], float32
     const at::Tensor& weight,       // [C_out, C_in, 3, 3], float32
     at::IntArrayRef padding, int64_t tile);
+
+// Maximum over windows, dilation 1, sizes rounded down: max_pool2d of PyTorch, the first of equal
+// maxima and the last of several NaN included. What is kept for the backward pass is a byte a
+// value: row * kernel[1] + column of the maximum in its window.
+using MaxPoolOutputs = std::tuple<at::Tensor,   // y        [N, C, H_out, W_out], layout(x)
+                                  at::Tensor>;  // offsets  [N, C, H_out, W_out], uint8, layout(x)
+
+MaxPoolOutputs max_pool_cpu(  // H_out = (H + 2 padding[0] - kernel[0]) / stride[0] + 1, W_out alike
+    const at::Tensor& x,      // [N, C, H, W]; float32, bfloat16, float64
+    at::IntArrayRef kernel,   // two values of at least 1, at most 255 taps
+    at::IntArrayRef stride,   // two values of at least 1
+    at::IntArrayRef padding);  // two values in [0, kernel / 2]; padding is -infinity
+
+MaxPoolOutputs max_pool_cuda(const at::Tensor& x,  // also float16
+                             at::IntArrayRef kernel, at::IntArrayRef stride,
+                             at::IntArrayRef padding);
+
+// Gradients add up where windows overlap, in float32 at least and in the order of the output;
+// offsets that lie outside their window or the image are left out.
+at::Tensor max_pool_backward_cpu(  // grad_x [N, C, H, W] = input_size, layout(offsets)
+    const at::Tensor& grad_y,      // [N, C, H_out, W_out]
+    const at::Tensor& offsets,     // of the forward pass
+    at::IntArrayRef input_size, at::IntArrayRef kernel, at::IntArrayRef stride,
+    at::IntArrayRef padding);
+
+at::Tensor max_pool_backward_cuda(const at::Tensor& grad_y, const at::Tensor& offsets,
+                                  at::IntArrayRef input_size, at::IntArrayRef kernel,
+                                  at::IntArrayRef stride, at::IntArrayRef padding);
 
 // One step on all gates, in place: step += 1; grad + the regulariser's gradient 2 gamma (m -
 // target) / num_gates * sign(gates), m = sum |gates| / num_gates; Adam (bias corrections in

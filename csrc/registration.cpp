@@ -31,6 +31,12 @@ TORCH_LIBRARY(pfs_fast, m) {
       "_winograd_conv_backward(Tensor grad_y, Tensor weight, SymInt[] padding, int tile) -> "
       "Tensor");
   m.def(
+      "max_pool(Tensor x, int[2] kernel, int[2] stride, int[2] padding) -> (Tensor y, Tensor "
+      "offsets)");
+  m.def(
+      "_max_pool_backward(Tensor grad_y, Tensor offsets, SymInt[] input_size, int[2] kernel, "
+      "int[2] stride, int[2] padding) -> Tensor");
+  m.def(
       "gate_step_(Tensor(a!) gates, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!) step, "
       "Tensor(e!) died_at, float lr, float beta1, float beta2, float eps, float gamma, float "

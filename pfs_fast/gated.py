@@ -6,6 +6,7 @@ becomes one that does not keep its input; everything else runs as the model wrot
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from . import rules, winograd
+from . import rules
 from .analysis import ChannelGraph
 from .functional import is_same_padded
+from .gated_layers import FrozenConv, FusedNorm, GatedOutput, MaxPool, can_pool, pool_of_call
 from .gates import GateBank
 from .narrow import NORMS
 from .shapes import memories
@@ -70,86 +72,6 @@ class GatedNetwork(nn.Module):
         return (self.train_net if self.training else self.eval_net)(*inputs)
 
 
-class FusedNorm(nn.Module):
-    """Batch norm, gate, residual sum and activation: ``act(gate * bn(x) + residual)``."""
-
-    def __init__(
-        self, bn: _BatchNorm, name: str, act: str, bank: GateBank, ops: ModuleType, track: bool
-    ) -> None:
-        super().__init__()
-        self.bn, self.act, self.track = bn, act, track
-        self._name, self._bank, self._ops = name, bank if name in bank.layers else None, ops
-
-    @property
-    def gated(self) -> bool:
-        return self._bank is not None
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        bn = self.bn
-        batch_stats = self.training or bn.running_mean is None
-        return self._ops.bn_gate_act(
-            x,
-            self._bank.vector(self._name) if self._bank else None,
-            bn.weight,
-            bn.bias,
-            residual,
-            bn.running_mean,
-            bn.running_var,
-            training=batch_stats,
-            momentum=self._momentum() if self.training and self.track else None,
-            eps=bn.eps,
-            act=self.act,
-        )
-
-    def _momentum(self) -> float | None:
-        if self.bn.running_mean is None:
-            return None
-        self.bn.num_batches_tracked += 1
-        # momentum None is nn.BatchNorm's cumulative average.
-        return (
-            self.bn.momentum
-            if self.bn.momentum is not None
-            else 1.0 / float(self.bn.num_batches_tracked)
-        )
-
-
-class FrozenConv(nn.Module):
-    """A convolution that keeps nothing but its weight for the backward pass.
-
-    Args:
-        conv: The layer.
-        ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
-        fast: Use ``winograd_conv`` for the inputs that `winograd.tile_of` names.
-    """
-
-    def __init__(self, conv: _ConvNd, ops: ModuleType, fast: bool = False) -> None:
-        super().__init__()
-        self.conv, self._ops, self._fast = conv, ops, fast and winograd.can_use(conv)
-
-    def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
-        c = self.conv
-        tile = winograd.tile_of(c, input) if self._fast else winograd.DIRECT
-        if tile != winograd.DIRECT:
-            return self._ops.winograd_conv(input, c.weight, c.bias, c.padding, tile=tile)
-        return self._ops.frozen_conv(
-            input, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups
-        )
-
-
-class GatedOutput(nn.Module):
-    """A layer without batch norm, its output channels multiplied by gates."""
-
-    def __init__(self, layer: nn.Module, name: str, bank: GateBank, channel_dim: int) -> None:
-        super().__init__()
-        self.layer, self._name, self._bank, self._channel_dim = layer, name, bank, channel_dim
-
-    def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
-        y = self.layer(input)
-        shape = [1] * y.dim()
-        shape[self._channel_dim] = -1
-        return y * self._bank.vector(self._name).to(y.dtype).view(shape)
-
-
 class _Builder:
     """Rewrites graphs over one set of modules; new modules are made once for each place."""
 
@@ -164,6 +86,8 @@ class _Builder:
         graph = graph_module.graph
         _reshape_views(graph)
         for node in list(graph.nodes):
+            if node.op == "call_function":
+                self._replace_pool_call(graph, node)
             if node.op != "call_module" or node.meta["hooked"]:
                 continue
             module = self._modules[node.target]
@@ -171,6 +95,8 @@ class _Builder:
                 self._fuse_norm(graph, node, module)
             elif isinstance(module, (_ConvNd, nn.Linear, *NORMS)):
                 self._freeze(node, module)
+            elif can_pool(module):
+                node.target = self._add("pool", node.target, MaxPool(module, self._ops))
         constants = {
             n.target: _attribute(graph_module, n.target) for n in graph.nodes if n.op == "get_attr"
         }
@@ -227,6 +153,20 @@ class _Builder:
         last.replace_all_uses_with(new)
         for old in reversed(chain):
             graph.erase_node(old)
+
+    def _replace_pool_call(self, graph: fx.Graph, node: fx.Node) -> None:
+        """``F.max_pool2d(x, 2)`` as the module that does the same. A place is its options: the module holds nothing else."""
+        pool = pool_of_call(node)
+        if pool is None or not can_pool(pool):
+            return
+        place = f"{pool.kernel_size}{pool.stride}{pool.padding}"
+        name = "max" + re.sub(r"\W+", "_", place)
+        with graph.inserting_before(node):
+            target = self._add("pool", name, MaxPool(pool, self._ops))
+            new = graph.create_node("call_module", target, tuple(node.all_input_nodes))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
     def _activation(self, node: fx.Node) -> str | None:
         if node.op not in ("call_module", "call_function", "call_method"):

@@ -8,15 +8,17 @@
 
 #include "bn_gate_act_kernel.h"
 #include "gemm_kernel.h"
+#include "max_pool_kernel.h"
 #include "winograd_kernel.h"
 
 namespace pfs::cpu {
 
 struct Isa {
   const char* name;
-  const Kernels* kernels;  // null: not compiled
+  const Kernels* kernels;           // null: not compiled
   const WinogradKernels* winograd;  // likewise
-  const GemmKernels* gemm;  // likewise
+  const MaxPoolKernels* max_pool;   // likewise
+  const GemmKernels* gemm;          // likewise
   bool runs_here;
 };
 
@@ -28,11 +30,16 @@ inline Isa find_isa(std::string_view name) {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (name == "avx512") return {"avx512", kernels_avx512, winograd_avx512, gemm_avx512, has_avx512};
-  if (name == "avx2") return {"avx2", kernels_avx2, winograd_avx2, gemm_avx2, has_avx2};
+  if (name == "avx512") {
+    return {"avx512", kernels_avx512, winograd_avx512, max_pool_avx512, gemm_avx512, has_avx512};
+  }
+  if (name == "avx2") {
+    return {"avx2", kernels_avx2, winograd_avx2, max_pool_avx2, gemm_avx2, has_avx2};
+  }
 #endif
-  if (name != "baseline") return {"", nullptr, nullptr, nullptr, false};
-  return {"baseline", kernels_baseline, winograd_baseline, gemm_baseline, true};
+  if (name != "baseline") return {"", nullptr, nullptr, nullptr, nullptr, false};
+  return {"baseline",        kernels_baseline, winograd_baseline,
+          max_pool_baseline, gemm_baseline,    true};
 }
 
 inline Isa choose_isa() {

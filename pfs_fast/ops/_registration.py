@@ -144,6 +144,37 @@ def _winograd_conv_backward_fake(
     )
 
 
+def _pooled(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, ...]:
+    spatial = zip(x.shape[2:], kernel, stride, padding, strict=True)
+    return (*x.shape[:2], *((size + 2 * pad - k) // step + 1 for size, k, step, pad in spatial))
+
+
+def _max_pool_fake(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    size, layout = _pooled(x, kernel, stride, padding), suggest_memory_format(x)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+    return y, torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=layout)
+
+
+def _max_pool_backward_fake(
+    grad_y: Tensor,
+    offsets: Tensor,
+    input_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    return torch.empty(
+        tuple(input_size),
+        dtype=grad_y.dtype,
+        device=grad_y.device,
+        memory_format=suggest_memory_format(offsets),
+    )
+
+
 def _gate_step_fake(*args: Any) -> None:
     return None
 
@@ -208,6 +239,26 @@ def _winograd_conv_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | N
     return (grad_x.contiguous(memory_format=ctx.input_format), *constants)
 
 
+def _max_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *options = inputs
+    _, offsets = output
+    ctx.mark_non_differentiable(offsets)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(offsets)
+    ctx.input_size = x.shape
+    ctx.input_format = suggest_memory_format(x)
+    ctx.options = options
+
+
+def _max_pool_backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    constants = (None,) * 3
+    if grad_y is None:
+        return (None, *constants)
+    (offsets,) = ctx.saved_tensors
+    grad_x = torch.ops.pfs_fast._max_pool_backward(grad_y, offsets, ctx.input_size, *ctx.options)
+    return (grad_x.contiguous(memory_format=ctx.input_format), *constants)
+
+
 def _refuse_double_backward(op: str) -> Any:
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
@@ -268,6 +319,8 @@ def _register() -> None:
         "_frozen_conv_backward": _frozen_conv_backward_fake,
         "winograd_conv": _winograd_conv_fake,
         "_winograd_conv_backward": _winograd_conv_backward_fake,
+        "max_pool": _max_pool_fake,
+        "_max_pool_backward": _max_pool_backward_fake,
         "gate_step_": _gate_step_fake,
     }
     for name, fake in fakes.items():
@@ -276,9 +329,11 @@ def _register() -> None:
         ("bn_gate_act", _bn_gate_act_backward, _bn_gate_act_setup),
         ("frozen_conv", _frozen_conv_backward, _frozen_conv_setup),
         ("winograd_conv", _winograd_conv_backward, _winograd_conv_setup),
+        ("max_pool", _max_pool_backward, _max_pool_setup),
         ("_bn_gate_act_backward", _refuse_double_backward("bn_gate_act"), None),
         ("_frozen_conv_backward", _refuse_double_backward("frozen_conv"), None),
         ("_winograd_conv_backward", _refuse_double_backward("winograd_conv"), None),
+        ("_max_pool_backward", _refuse_double_backward("max_pool"), None),
     ):
         library.register_autograd(f"pfs_fast::{name}", backward, setup_context=setup)
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):

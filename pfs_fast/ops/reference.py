@@ -136,6 +136,16 @@ def winograd_conv(
     return frozen_conv(x, weight, bias, 1, padding)
 
 
+def max_pool(
+    x: Tensor,
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """Maximum over windows, by PyTorch; see :func:`pfs_fast.ops.max_pool`."""
+    return F.max_pool2d(x, kernel, stride, padding)
+
+
 @torch.no_grad()
 def gate_step_(
     gates: Tensor,

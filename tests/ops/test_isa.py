@@ -45,6 +45,14 @@ for c_in, c_out, size in ((3, 5, 7), (17, 20, 9), (40, 33, 4), (300, 352, 3)):
         y = ops.winograd_conv(x, weight, torch.randn(c_out), tile=tile)
         grad = torch.ops.pfs_fast._winograd_conv_backward(torch.randn_like(y), weight, [1, 1], tile)
         results.append({"y": y, "grad_x": grad})
+for channels in (3, 17, 80):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.manual_seed(4)
+        x = torch.randn(2, channels, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+        y, offsets = torch.ops.pfs_fast.max_pool(x, [3, 2], [2, 1], [1, 0])
+        options = (x.shape, [3, 2], [2, 1], [1, 0])
+        grad = torch.ops.pfs_fast._max_pool_backward(torch.randn(y.shape).to(dtype), offsets, *options)
+        results.append({"y": y, "grad_x": grad, "offsets": offsets.double()})
 torch.save(results, sys.argv[3])
 """
 
@@ -124,7 +132,7 @@ def symbols(path: Path) -> tuple[set[str], set[str]]:
     return weak, {row[-1] for row in rows}
 
 
-@pytest.mark.parametrize("kernel", ["bn_gate_act_kernel", "winograd_kernel"])
+@pytest.mark.parametrize("kernel", ["bn_gate_act_kernel", "winograd_kernel", "max_pool_kernel"])
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_object_file_shares_no_symbol_with_other_files(isa, kernel):
     """Of two equal inline functions the linker keeps one: if that is the AVX512 one, others crash."""

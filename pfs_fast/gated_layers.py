@@ -1,0 +1,167 @@
+"""The layers that a gated network puts in the place of a model's: fused norms, frozen convolutions, gated outputs, max pools."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from . import rules, winograd
+from .gates import GateBank
+
+MAX_TAPS = 255  # of a window of ``max_pool``, whose offsets are bytes
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float64})
+_POOL_DTYPES = {"cpu": _FLOATS, "cuda": _FLOATS | {torch.float16}}
+
+
+class FusedNorm(nn.Module):
+    """Batch norm, gate, residual sum and activation: ``act(gate * bn(x) + residual)``."""
+
+    def __init__(
+        self, bn: _BatchNorm, name: str, act: str, bank: GateBank, ops: ModuleType, track: bool
+    ) -> None:
+        super().__init__()
+        self.bn, self.act, self.track = bn, act, track
+        self._name, self._bank, self._ops = name, bank if name in bank.layers else None, ops
+
+    @property
+    def gated(self) -> bool:
+        return self._bank is not None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        bn = self.bn
+        batch_stats = self.training or bn.running_mean is None
+        return self._ops.bn_gate_act(
+            x,
+            self._bank.vector(self._name) if self._bank else None,
+            bn.weight,
+            bn.bias,
+            residual,
+            bn.running_mean,
+            bn.running_var,
+            training=batch_stats,
+            momentum=self._momentum() if self.training and self.track else None,
+            eps=bn.eps,
+            act=self.act,
+        )
+
+    def _momentum(self) -> float | None:
+        if self.bn.running_mean is None:
+            return None
+        self.bn.num_batches_tracked += 1
+        # momentum None is nn.BatchNorm's cumulative average.
+        return (
+            self.bn.momentum
+            if self.bn.momentum is not None
+            else 1.0 / float(self.bn.num_batches_tracked)
+        )
+
+
+class FrozenConv(nn.Module):
+    """A convolution that keeps nothing but its weight for the backward pass.
+
+    Args:
+        conv: The layer.
+        ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
+        fast: Use ``winograd_conv`` for the inputs that `winograd.tile_of` names.
+    """
+
+    def __init__(self, conv: _ConvNd, ops: ModuleType, fast: bool = False) -> None:
+        super().__init__()
+        self.conv, self._ops, self._fast = conv, ops, fast and winograd.can_use(conv)
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
+        c = self.conv
+        tile = winograd.tile_of(c, input) if self._fast else winograd.DIRECT
+        if tile != winograd.DIRECT:
+            return self._ops.winograd_conv(input, c.weight, c.bias, c.padding, tile=tile)
+        return self._ops.frozen_conv(
+            input, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups
+        )
+
+
+class GatedOutput(nn.Module):
+    """A layer without batch norm, its output channels multiplied by gates."""
+
+    def __init__(self, layer: nn.Module, name: str, bank: GateBank, channel_dim: int) -> None:
+        super().__init__()
+        self.layer, self._name, self._bank, self._channel_dim = layer, name, bank, channel_dim
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
+        y = self.layer(input)
+        shape = [1] * y.dim()
+        shape[self._channel_dim] = -1
+        return y * self._bank.vector(self._name).to(y.dtype).view(shape)
+
+
+class MaxPool(nn.Module):
+    """A max pool that keeps a byte for each of its outputs, in place of its input and int64 indices.
+
+    Args:
+        pool: A layer that `can_pool` accepts.
+        ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d, ops: ModuleType) -> None:
+        super().__init__()
+        self.pool, self._ops = pool, ops
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
+        pool = self.pool
+        if input.dim() != 4 or input.dtype not in _POOL_DTYPES.get(input.device.type, ()):
+            return pool(input)  # without a batch dimension, or of numbers that the operator has not
+        return self._ops.max_pool(input, pool.kernel_size, pool.stride, pool.padding)
+
+
+def can_pool(module: nn.Module) -> bool:
+    """Whether a module has the form that ``ops.max_pool`` computes: a plain ``nn.MaxPool2d``, not dilated, sizes rounded down, no
+    indices asked for, at most 255 values a window."""
+    if type(module) is not nn.MaxPool2d:
+        return False
+    options = (module.kernel_size, module.stride, module.padding, module.dilation)
+    if not all(_is_size(value) for value in options):
+        return False
+    height, width = _pair(module.kernel_size)
+    return (
+        height * width <= MAX_TAPS
+        and _pair(module.dilation) == (1, 1)
+        and not module.ceil_mode
+        and not module.return_indices
+    )
+
+
+def pool_of_call(node: fx.Node) -> nn.MaxPool2d | None:
+    """The module that a call of ``F.max_pool2d`` or ``torch.max_pool2d`` amounts to; None for other nodes, and where an option is
+    computed in the graph."""
+    if node.op != "call_function" or rules.plain_name(node, None) != "max_pool2d":
+        return None
+    names = (*_POOL_OPTIONS, "return_indices")
+    if len(node.args) > 1 + len(names):
+        return None
+    options = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    images = [node.args[0]] if node.args else [options.pop("input", None)]
+    if "input" in options or not isinstance(images[0], fx.Node) or len(node.all_input_nodes) != 1:
+        return None
+    if options.get("stride") in ((), []):  # torch.max_pool2d's default
+        options["stride"] = None
+    try:
+        return nn.MaxPool2d(**options)
+    except TypeError:  # options that torch refuses: let the call tell
+        return None
+
+
+_POOL_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+
+
+def _is_size(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return len(values) in (1, 2) and all(type(v) is int for v in values)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * 2 if len(values) == 1 else values
