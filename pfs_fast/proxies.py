@@ -96,7 +96,7 @@ class ShortTraining:
         trained = train(network, self.loader, None, self.config, device=self.device, progress=False)
         if self.val_loader is None:
             return -float(trained.history[-1]["loss"])
-        return evaluate(network, self.val_loader).accuracy
+        return evaluate(network, self.val_loader).top1
 
 
 PROXIES: dict[str, Callable[[SearchResult], float]] = {

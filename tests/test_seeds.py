@@ -434,7 +434,7 @@ def test_short_training_takes_validation_images(results):
     score = short(results[0])
     slim = results[0].slim(seed=0)
     pfs.train(slim, batches(), config=short.config, progress=False)
-    assert score == pfs.evaluate(slim, batches(5, seed=1)).accuracy
+    assert score == pfs.evaluate(slim, batches(5, seed=1)).top1
 
 
 def test_short_training_refuses_bad_arguments():
@@ -542,17 +542,14 @@ def test_checkpoint_names_carry_the_seed(tmp_path):
 
 
 def test_interrupted_seeds_go_on_where_they_were(results, tmp_path):
-    path = tmp_path / "search.ckpt"
+    path, loader = tmp_path / "search.ckpt", Counting(6)  # four passes for each seed
     with pytest.raises(Interrupted):
-        run(
-            loader=Counting(6), checkpoint=path
-        )  # within the second of three seeds, four passes each
+        run(loader=loader, checkpoint=path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["search.seed0.ckpt", "search.seed3.ckpt"]
     loader = Counting()
     for a, b in zip(run(loader=loader, checkpoint=path), results, strict=True):
         assert_same(a, b)
-    # Each seed looks at one batch to trace; what was done is not done again.
-    assert loader.passes == 1 + 1 + (1 + 2) + 4
+    assert loader.passes == 1 + (1 + 2) + 4  # one to trace where there is a checkpoint
 
 
 def test_seeds_can_be_added_to_a_checkpoint(results, tmp_path):
