@@ -61,7 +61,7 @@ class ShortTraining:
         >>> from pfs_fast.proxies import ShortTraining
         >>> batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,)))]
         >>> config = pfs.SearchConfig(epochs=1, backend="reference")
-        >>> model = pfs.models.resnet20(expansion=0.25)
+        >>> model = pfs.models.vgg16(expansion=0.05)
         >>> results = pfs.search(model, batches, 0.5, config=config, progress=False, seeds=[0, 1])
         >>> chosen = results.best(by=ShortTraining(batches))
     """
