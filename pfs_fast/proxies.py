@@ -1,6 +1,7 @@
 """Cheap scores of a search result, to choose among those of several seeds. Larger is better.
 
-What each is worth was measured; see "Several seeds" in ``docs/design.md``.
+None is known to find the structure that trains best, and those that read the result alone did no better than chance; see
+"Several seeds" in ``docs/design.md``.
 """
 
 from __future__ import annotations

@@ -126,8 +126,9 @@ class SearchResults(Sequence[SearchResult]):
         """The result with the largest score, the first of equals. Nothing is chosen unasked: ``by`` has no default.
 
         Args:
-            by: A function of a ``SearchResult`` that gives a number, larger for better, such as ``proxies.ShortTraining``;
-                or the name of one that needs nothing but the result (``pfs_fast.proxies.PROXIES``).
+            by: A function of a ``SearchResult`` that gives a number, larger for better, such as ``proxies.ShortTraining``; or
+                ``"params"`` (of the structure) or ``"search_loss"`` (the smallest), which need nothing but the result and have
+                not been found to predict how well a structure trains.
 
         Raises:
             ConfigError: As in ``scores``.

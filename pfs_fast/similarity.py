@@ -21,8 +21,7 @@ def structure_similarity(
     Args:
         structures: Of the same network and scope.
         measure: ``"width_correlation"``: Pearson correlation of the numbers of kept channels of the groups, as in the paper's
-            figures, in [-1, 1]. Structures of a network whose layers differ in width are alike by it already through those widths.
-            ``"share_correlation"``: the same of the kept shares of the groups, which leaves the network's own widths out.
+            figures, in [-1, 1]. ``"share_correlation"``: the same of the kept shares of the groups, where those differ in width.
             ``"widths"``: share of the numbers of channels that both have, in [0, 1]: 1 - ``StructureDistance.widths``.
             ``"channels"``: share of the channels that both keep, in [0, 1]: 1 - ``StructureDistance.channels``. Channels of
             differently initialised networks have nothing in common but their number, so this says something only where the

@@ -180,6 +180,9 @@ def report(out: Path, seeds: list[int], repeats: int) -> None:
             "uniform:", " ".join(f"{100 * a:.2f}" for a in values), f"{100 * np.mean(values):.2f} %"
         )
     full = [s for s in seeds if len(accuracy[s]) == repeats]
+    if repeats < 2 or len(full) < 3:
+        print("too few trainings for a comparison: three seeds and two repeats are the least")
+        return
     table = np.array([accuracy[s] for s in full]) * 100
     within = table.var(1, ddof=1).mean()
     between = table.mean(1).var(ddof=1)
