@@ -159,48 +159,51 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def report(out: Path, seeds: list[int], repeats: int) -> None:
     seeds = [s for s in seeds if (out / f"proxies-{s}.json").exists()]
-    accuracy = {
-        s: [
-            json.loads(path.read_text())["accuracy"]
-            for r in range(repeats)
-            if (path := out / f"train-{s}-{r}.json").exists()
-        ]
-        for s in [*seeds, UNIFORM]
-    }
-    for seed in seeds:
-        structure = pfs.SearchResult.load(out / f"search-{seed}.safetensors").structure
-        widths = [len(kept) for kept in structure.kept.values()]
-        values = " ".join(f"{100 * a:.2f}" for a in accuracy[seed])
-        print(
-            f"seed {seed}: {widths} {structure.params:,} params; {values}; {100 * np.mean(accuracy[seed]):.2f} %"
-        )
-    values = accuracy.pop(UNIFORM)
-    if values:
-        print(
-            "uniform:", " ".join(f"{100 * a:.2f}" for a in values), f"{100 * np.mean(values):.2f} %"
-        )
+    results = pfs.SearchResults(
+        pfs.SearchResult.load(out / f"search-{s}.safetensors") for s in seeds
+    )
+    print(results.report())
+    pairs = torch.triu_indices(len(seeds), len(seeds), 1).unbind()
+    for measure in ("width_correlation", "share_correlation", "widths", "channels"):
+        alike = results.similarity(measure=measure)[pairs]
+        print(f"{measure:26} {alike.mean():.3f} ({alike.min():.3f} to {alike.max():.3f})")
+    found = [json.loads((out / f"proxies-{s}.json").read_text()) for s in seeds]
+    for target in ("short training, accuracy", "short training, loss"):
+        print(f"\nrank correlation with {target}")
+        print_correlations(found, np.array([f[target] for f in found]))
+    accuracy = {s: accuracies(out, s, repeats) for s in [*seeds, UNIFORM]}
+    for seed, values in accuracy.items():
+        if values:
+            text = " ".join(f"{100 * a:.2f}" for a in values)
+            print(f"{'uniform' if seed == UNIFORM else f'seed {seed}'}: {text} %")
     full = [s for s in seeds if len(accuracy[s]) == repeats]
     if repeats < 2 or len(full) < 3:
-        print("too few trainings for a comparison: three seeds and two repeats are the least")
+        print("too few whole trainings to compare: three seeds with two repeats are the least")
         return
     table = np.array([accuracy[s] for s in full]) * 100
-    within = table.var(1, ddof=1).mean()
-    between = table.mean(1).var(ddof=1)
-    print(
-        f"{len(full)} seeds x {repeats} trainings: sd within a structure {np.sqrt(within):.2f}, of the means {np.sqrt(between):.2f}; "
-        f"by chance {np.sqrt(within / repeats):.2f}"
-    )
+    within, between = table.var(1, ddof=1).mean(), table.mean(1).var(ddof=1)
     half = repeats // 2
     print(
-        f"trainings against the others: {rank_correlation(table[:, :half].mean(1), table[:, half:].mean(1)):+.2f}"
+        f"{len(full)} seeds x {repeats} trainings: sd within a structure {np.sqrt(within):.2f}, of the means "
+        f"{np.sqrt(between):.2f}, by chance {np.sqrt(within / repeats):.2f}; rank correlation of the first {half} and the "
+        f"other trainings {rank_correlation(table[:, :half].mean(1), table[:, half:].mean(1)):+.2f}"
     )
-    found = [json.loads((out / f"proxies-{s}.json").read_text()) for s in full]
-    mean = table.mean(1)
+    print("\nrank correlation with the test accuracy, and the accuracy of the choice")
+    print_correlations([found[seeds.index(s)] for s in full], table.mean(1))
+
+
+def accuracies(out: Path, seed: int, repeats: int) -> list[float]:
+    paths = (out / f"train-{seed}-{repeat}.json" for repeat in range(repeats))
+    return [json.loads(path.read_text())["accuracy"] for path in paths if path.exists()]
+
+
+def print_correlations(found: list[dict[str, float]], target: np.ndarray) -> None:
     for name in found[0]:
         values = np.array([f[name] for f in found])
-        best = mean[values.argmax()]
+        choice, mean, best = target[values.argmax()], target.mean(), target.max()
+        correlation = rank_correlation(values, target)
         print(
-            f"{name:26} {rank_correlation(values, mean):+.2f}  its choice {best:.2f} (mean {mean.mean():.2f}, best {mean.max():.2f})"
+            f"{name:26} {correlation:+.2f}  its choice {choice:.3f} (mean {mean:.3f}, best {best:.3f})"
         )
 
 
