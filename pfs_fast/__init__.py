@@ -22,6 +22,7 @@ from .io import export, load, save
 from .recipes import TrainConfig, scratch_b_epochs
 from .result import SearchResult
 from .search import search
+from .seeds import SearchResults
 from .slim import slim
 from .structure import Structure
 from .train import TrainResult, evaluate, train
@@ -38,6 +39,7 @@ __all__ = [
     "PfsError",
     "SearchConfig",
     "SearchResult",
+    "SearchResults",
     "Structure",
     "TrainConfig",
     "TrainResult",

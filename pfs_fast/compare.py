@@ -70,13 +70,15 @@ def structure_distance(
     return StructureDistance(
         channels=sum(len(p ^ q) for p, q in pairs) / total,
         widths=float(np.abs(widths[:, 0] - widths[:, 1]).sum() / total),
-        width_correlation=_correlation(widths[:, 0], widths[:, 1]),
+        width_correlation=correlation(widths[:, 0], widths[:, 1]),
     )
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation in [-1, 1]; 1 where all numbers are equal, 0 where those of one side do not vary. Both [N], float64."""
     if np.array_equal(a, b):
         return 1.0
+    if len(a) == 0 or np.ptp(a) == 0 or np.ptp(b) == 0:  # a mean of equal numbers may be another
+        return 0.0
     a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 0 else 0.0
+    return float(np.clip((a @ b) / np.sqrt((a @ a) * (b @ b)), -1.0, 1.0))

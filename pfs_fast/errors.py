@@ -52,9 +52,11 @@ class NonFiniteLossError(PfsError, RuntimeError):
 
     Attributes:
         result: What was found before (a ``SearchResult`` from ``search``), or None.
+        results: ``SearchResults`` of the seeds that had ended before, from a search over several; else None.
     """
 
     result: object = None
+    results: object = None
 
 
 class FileWriteError(PfsError, OSError):

@@ -41,22 +41,32 @@ def initialise(model: nn.Module, *, seed: int | None = None) -> None:
     Warns:
         UserWarning: For parameters that no initialiser reaches; they keep their values.
     """
+    untouched = draw(model, seed)
+    if untouched:
+        warnings.warn(
+            f"slim: no initialiser is known for {some(untouched)}; they keep the model's values; give their module a "
+            "reset_parameters method",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def draw(model: nn.Module, seed: int | None) -> list[str]:
+    """As ``initialise``, with the names of the parameters that no initialiser reaches in place of the warning."""
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices), enabled=seed is not None), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
         _initialise(model, set())
-    untouched = [
+    return [
         name for name, parameter in model.named_parameters() if parameter._version == versions[name]
     ]
-    if untouched:
-        warnings.warn(
-            f"slim: no initialiser is known for {', '.join(untouched[:5])}{', ...' if len(untouched) > 5 else ''}; they "
-            "keep the model's values; give their module a reset_parameters method",
-            UserWarning,
-            stacklevel=3,
-        )
+
+
+def some(names: list[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _initialise(module: nn.Module, done: set[nn.Module]) -> None:

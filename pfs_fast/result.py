@@ -25,7 +25,7 @@ from .structure import Structure
 FORMAT, VERSION = "pfs_fast.search", 2  # 1 knew fewer limits
 
 
-@dataclass
+@dataclass(eq=False)  # tensors do not compare as a whole
 class SearchResult:
     """Gates of one search. Any budget can be cut from them; nothing is trained again.
 
@@ -220,6 +220,10 @@ class SearchResult:
         Raises:
             FileWriteError: The place cannot be written; an old file there stays as it was.
         """
+        write_safetensors(path, *self.content(), caller="SearchResult.save")
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and metadata of the file of ``save``."""
         tensors = {"gates": self.flat_gates, "died_at": self.died_at}
         for i, layer in enumerate(self.groups.layers):
             tensors[f"layer.{i}.out_units"] = torch.from_numpy(layer.out_units)
@@ -243,7 +247,7 @@ class SearchResult:
         }
         if needs_model(self.budget):  # without the model nobody could find it again
             metadata["structure"] = self.structure.to_json()
-        write_safetensors(path, tensors, metadata, caller="SearchResult.save")
+        return tensors, metadata
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> SearchResult:
@@ -257,6 +261,17 @@ class SearchResult:
             FileFormatError: Truncated, of another format or version, inconsistent, or made for another model.
         """
         tensors, meta = read_safetensors(path, FORMAT, VERSION, caller="SearchResult.load")
+        return cls.from_content(path, tensors, meta, model)
+
+    @classmethod
+    def from_content(
+        cls,
+        path: str | os.PathLike[str],
+        tensors: dict[str, Tensor],
+        meta: dict[str, Any],
+        model: nn.Module | None,
+    ) -> SearchResult:
+        """The result that ``content`` describes; ``path`` is where it was read, for errors, which are those of ``load``."""
         try:
             layers = []
             for i, plain in enumerate(meta["layers"]):

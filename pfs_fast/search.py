@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from functools import partial
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,44 @@ from .plan import Plan, choose_device, prepare
 from .progress import Progress
 from .result import SearchResult
 from .runner import Runner, make_runner
+from .seeds import SearchResults, checked_seeds, search_seeds
 
 # Steps between two looks at which gates have died; on CUDA a look waits for the device.
 COMPACT_EVERY = {"cpu": 10, "cuda": 50}
+
+
+@overload
+def search(
+    model: nn.Module,
+    loader: Loader,
+    budget: float | int | Budget,
+    *,
+    config: SearchConfig | None = None,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    reference: nn.Module | int | None = None,
+    device: torch.device | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    val_loader: Loader | None = None,
+    seeds: None = None,
+) -> SearchResult: ...
+
+
+@overload
+def search(
+    model: nn.Module,
+    loader: Loader,
+    budget: float | int | Budget,
+    *,
+    config: SearchConfig | None = None,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    reference: nn.Module | int | None = None,
+    device: torch.device | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    val_loader: Loader | None = None,
+    seeds: Sequence[int],
+) -> SearchResults: ...
 
 
 def search(
@@ -39,7 +75,8 @@ def search(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     val_loader: Loader | None = None,
-) -> SearchResult:
+    seeds: Sequence[int] | None = None,
+) -> SearchResult | SearchResults:
     """Search the channels of a slim network in a randomly initialised one ("Pruning from Scratch", arXiv 1909.12579).
 
     Every channel of every gated group gets one scalar gate; all weights stay frozen; the gates are trained by Adam on
@@ -59,14 +96,20 @@ def search(
             order of images is the loader's: ``DeviceLoader`` goes on with the epoch's own permutation.
         progress: Show a progress line.
         val_loader: Batches to evaluate after each epoch, with running statistics; recorded in the history.
+        seeds: Search once for each of these, whole numbers from 0, all different, one after another. Each seed draws fresh
+            weights into a copy of the model, as its class does, so what the model holds does not matter; it also takes the
+            place of ``config.seed``. The order of images is the loader's: a ``DeviceLoader`` shows every seed the same. Each has a
+            checkpoint of its own: ``search.ckpt`` becomes ``search.seed0.ckpt``. Default: one search, of the model's weights.
 
     Returns:
-        SearchResult: Gates, history, and the structure for this or any other budget.
+        SearchResult: Gates, history, and the structure for this or any other budget. With ``seeds``, even with a single one: a
+        ``SearchResults``, a sequence of them with their similarity and a choice among them.
 
     Raises:
         BudgetError, InfeasibleBudgetError: Before any training.
         ConfigError, ModelError, TraceError, LoaderError, BackendError: With argument, rule, value and repair.
-        NonFiniteLossError: The loss became NaN or infinite; its attribute ``result`` holds the last good gates.
+        NonFiniteLossError: The loss became NaN or infinite; its attribute ``result`` holds the last good gates, and
+            ``results`` the seeds that had ended before.
 
     Example:
         >>> import torch, pfs_fast as pfs
@@ -83,12 +126,42 @@ def search(
             f"search: config must be a SearchConfig, got {type(config).__name__}; write SearchConfig(epochs=2, ...)"
         )
     budget = Budget.of(budget)
-    check_reiterable(loader, config.epochs, "search")
+    seeds = None if seeds is None else checked_seeds(seeds)
+    check_reiterable(loader, config.epochs * len(seeds or [0]), "search")
     if config.select == "best" and val_loader is None:
         raise ConfigError(
             "search: val_loader must be given with select='best', got None; pass one or use select='last'"
         )
-    place = choose_device(device)
+    search_one = partial(
+        _search,
+        loader=loader,
+        budget=budget,
+        example_input=example_input,
+        reference=reference,
+        place=choose_device(device),
+        progress=progress,
+        val_loader=val_loader,
+    )
+    if seeds is not None:
+        return search_seeds(search_one, model, seeds, config, checkpoint)
+    return search_one(model, config, checkpoint, "search")
+
+
+def _search(
+    model: nn.Module,
+    config: SearchConfig,
+    checkpoint: str | os.PathLike[str] | None,
+    name: str,
+    *,
+    loader: Loader,
+    budget: Budget,
+    example_input: Tensor | tuple[Tensor, ...] | None,
+    reference: nn.Module | int | None,
+    place: torch.device,
+    progress: bool,
+    val_loader: Loader | None,
+) -> SearchResult:
+    """One search; ``name`` stands before its progress line."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),  # whatever the caller has switched off
@@ -122,7 +195,7 @@ def search(
             batches = _from_first(first, batches)
         runner = make_runner(plan.loop, loader)
         try:
-            _run(plan, loader, batches, runner, val_loader, saved, progress)
+            _run(plan, loader, batches, runner, val_loader, saved, name if progress else None)
         except NonFiniteLossError as error:
             error.result = plan.result(plan.loop.good_gates)
             raise
@@ -137,7 +210,7 @@ def _run(
     runner: Runner,
     val_loader: Loader | None,
     saved: Checkpoint | None,
-    progress: bool,
+    name: str | None,
 ) -> None:
     loop, config, state = plan.loop, plan.config, plan.loop.state
     limit = config.max_steps
@@ -149,7 +222,7 @@ def _run(
         return min(every - state.steps % every for every in stops)
 
     try:
-        with Progress(total, "search", progress, initial=state.steps) as bar:
+        with Progress(total, name or "", name is not None, initial=state.steps) as bar:
             while state.ended is None and not _is_over(state, config):
                 most = None if limit is None else limit - state.steps
                 for taken in runner.run(batches, most, until_look):

@@ -171,13 +171,13 @@ class Structure:
         rows.append(
             ("params", f"{self.params:,}", f"{self.base_params:,}", f"{self.params_share:.1%}")
         )
-        text = _aligned(rows)
+        text = aligned(rows)
         if self.limits:
-            text += "\n\n" + _aligned(limit_table(self.limits))
+            text += "\n\n" + aligned(limit_table(self.limits))
         return text
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows as a table: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

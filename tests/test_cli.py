@@ -111,6 +111,37 @@ def test_search_writes_gates_structure_and_record(folder, capsys):
     assert str(structure) in capsys.readouterr().out
 
 
+def test_search_writes_a_folder_for_each_of_several_seeds(folder, capsys):
+    assert search("--seeds", "2", "0", "--checkpoint") == 0
+    out = capsys.readouterr().out
+    searched = folder / "runs" / "tiny"
+    assert {p.name for p in searched.iterdir()} == {
+        "seed0",
+        "seed2",
+        "checkpoint.seed0.safetensors",
+        "checkpoint.seed2.safetensors",
+    }
+    results = []
+    for seed in (2, 0):
+        own = searched / f"seed{seed}"
+        assert {p.name for p in own.iterdir()} == {
+            "search.safetensors",
+            "structure.json",
+            "run.json",
+        }
+        results.append(pfs.SearchResult.load(own / "search.safetensors"))
+        assert results[-1].config.seed == seed
+        assert f"next: pfs-fast train runs/tiny/seed{seed}" in out
+    assert pfs.SearchResults(results).report() in out
+    assert main(["train", "runs/tiny/seed0", "--epochs", "1", "--quiet"]) == 0
+
+
+def test_search_refuses_bad_seeds_before_it_makes_a_folder(folder, capsys):
+    assert search("--seeds", "1", "1") == 1
+    assert "search: seeds must be different, got [1] more than once" in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
 def test_train_saves_a_network_that_loads_again(searched, capsys):
     assert train() == 0
     out = capsys.readouterr().out

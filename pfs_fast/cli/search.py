@@ -1,7 +1,8 @@
 """Search the channels of a slim network in a random one.
 
 Writes into --out: search.safetensors (gates, from which any other budget can be cut), structure.json (kept
-channels) and run.json (the arguments, from which `pfs-fast train` rebuilds network and data).
+channels) and run.json (the arguments, from which `pfs-fast train` rebuilds network and data). With --seeds, into a
+folder of --out for each seed: seed0, seed1, ...
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import pfs_fast
 from ..budget import Budget
 from ..config import PRECISIONS, SearchConfig
 from ..files import write_text_atomic
+from ..result import SearchResult
 from ..scope import SCOPES
+from ..seeds import SearchResults, checked_seeds
 from . import run_folder
 from .inputs import DataSpec, ModelSpec
 from .options import (
@@ -91,11 +94,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gates after the last step, or of the best validated epoch (default: last)",
     )
     parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help="search once for each of these, from fresh weights each; --seed is then that of the order of images alone",
+    )
+    parser.add_argument(
         "--checkpoint",
         nargs="?",
         const="",
         metavar="FILE",
-        help="write the state after each epoch, and go on from it (default FILE: in --out)",
+        help="write the state after each epoch, and go on from it (default FILE: in --out; one for each of --seeds)",
     )
     parser.add_argument(
         "--out",
@@ -113,9 +123,11 @@ def run(arguments: argparse.Namespace) -> None:
     budget = chosen_budget(arguments)
     source = data_spec(arguments)
     config = _config(arguments, source)
-    out = run_folder.new_folder(
-        arguments.out or _default_out(arguments, source), arguments.overwrite
-    )
+    out = arguments.out or _default_out(arguments, source)
+    seeds = None if arguments.seeds is None else checked_seeds(arguments.seeds)
+    folders = [out] if seeds is None else [out / f"seed{seed}" for seed in seeds]
+    for folder in folders:
+        run_folder.new_folder(folder, arguments.overwrite)
     splits = source.splits()
     options = {"device": device, "seed": arguments.seed}
     loaders = splits.loaders(arguments.batch_size or 128, eval_batch_size=512, **options)
@@ -128,7 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = spec.build(arguments.seed)
     if not arguments.quiet:
         print(f"{spec.name} on {splits}; budget {budget}")
-    result = pfs_fast.search(
+    found = pfs_fast.search(
         model,
         loaders.train,
         budget,
@@ -138,16 +150,35 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint=_checkpoint(arguments.checkpoint, out),
         progress=not arguments.quiet,
         val_loader=loaders.val if validates else None,
+        seeds=seeds,
     )
-    structure = result.structure
-    result.save(out / run_folder.SEARCH)
-    write_text_atomic(
-        out / run_folder.STRUCTURE, structure.to_json(indent=1) + "\n", caller="search"
-    )
+    results = found if isinstance(found, SearchResults) else [found]
+    for result, folder in zip(results, folders, strict=True):
+        _write(result, folder, arguments, spec, source)
+    print(found.report() if isinstance(found, SearchResults) else found.structure)
+    for result, folder in zip(results, folders, strict=True):
+        if seeds is not None:
+            print(f"\nseed {result.config.seed}")
+        _print_ending(result, folder)
+
+
+def _write(
+    result: SearchResult,
+    folder: Path,
+    arguments: argparse.Namespace,
+    spec: ModelSpec,
+    source: DataSpec,
+) -> None:
+    result.save(folder / run_folder.SEARCH)
+    text = result.structure.to_json(indent=1) + "\n"
+    write_text_atomic(folder / run_folder.STRUCTURE, text, caller="search")
     shown = {k: v for k, v in vars(arguments).items() if k not in ("run", "debug", "command")}
     versions = {"pfs_fast": pfs_fast.__version__, "torch": str(torch.__version__)}
-    run_folder.Record(spec, source, result.reference, shown, versions).write(out)
-    print(structure)
+    run_folder.Record(spec, source, result.reference, shown, versions).write(folder)
+
+
+def _print_ending(result: SearchResult, folder: Path) -> None:
+    structure = result.structure
     if result.reference[0] != structure.base_macs:
         share = structure.macs / result.reference[0]
         print(f"{share:.1%} of the reference's {result.reference[0]:,} MACs")
@@ -158,7 +189,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if result.config.patience is not None:
         print(result.ending())
-    print(f"written to {out}; next: pfs-fast train {out}")
+    print(f"written to {folder}; next: pfs-fast train {folder}")
 
 
 def _config(arguments: argparse.Namespace, source: DataSpec) -> SearchConfig:
