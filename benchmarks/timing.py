@@ -38,6 +38,13 @@ class Clock:
         else:
             self._marks.append(time.perf_counter())
 
+    def restart(self) -> None:
+        """Leaves out what has run so far."""
+        synchronize(self._device)
+        self._names.clear()
+        self._marks.clear()
+        self._mark()
+
     def lap(self, name: str) -> None:
         """Ends a phase."""
         self._names.append(name)

@@ -30,7 +30,8 @@ class SearchConfig:
             the budget nor the order of all gates by more than ``tolerance``. None: go on to the end. A gate can cross [0, 1] in
             1 / ``lr`` steps; fewer than that say little.
         tolerance: Change that counts as none, in [0, 1]: share of channels that only one structure keeps; 1 - rank correlation
-            of the gates (``pfs_fast.stability.Change``).
+            of the gates (``pfs_fast.stability.Change``). Adam's steps do not get smaller, so that gates around the threshold
+            change places for good: below about 0.08 a search may never end early.
         lr: Adam's learning rate, constant; no decay of any kind.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
@@ -61,7 +62,7 @@ class SearchConfig:
     epochs: int = 10
     max_steps: int | None = None
     patience: int | None = None
-    tolerance: float = 0.01
+    tolerance: float = 0.1
     lr: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

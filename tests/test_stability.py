@@ -257,7 +257,7 @@ def test_structure_distance_refuses_structures_of_different_networks():
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [([], (None, 0.01)), (["--patience", "200", "--tolerance", "0.05"], (200, 0.05))],
+    [([], (None, 0.1)), (["--patience", "200", "--tolerance", "0.05"], (200, 0.05))],
 )
 def test_command_line_takes_patience_and_tolerance(words, expected):
     parser = argparse.ArgumentParser()

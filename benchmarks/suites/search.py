@@ -31,7 +31,7 @@ WHOLE, ALONG = "Whole search", "Along the search"
 EXPANSION = 1.25
 BUDGET = 0.5  # of the network before widening
 EPOCHS = 10
-TOLERANCE = 0.01  # share of the structure that may still change at an early stop
+TOLERANCE = 0.1  # share of the structure that may still change at an early stop
 BASELINES = ("naive", "folded")
 ENTRIES = 20  # of the history
 
