@@ -51,6 +51,10 @@ class Propagation:
                 self.outputs[self._index, node.name] = result
             if node.meta["writes"]:
                 self._overwrite(node, env)
+            if "assumed" in node.meta:
+                for value in self.sizes.deciding(node):
+                    reason = f"the forward decides by their number ('{node.name}')"
+                    self.constraints.fix(value.labels, reason)
 
     def _overwrite(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
         """Later readers of an operand that was written in place see the new values."""
