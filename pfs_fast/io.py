@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from .files import (
     write_safetensors,
     write_text_atomic,
 )
+from .scales import find_scales
 from .slim import kind_in_file, narrow_to, widths_of
+from .structure import Structure
 
 __all__ = [
     "ExportReport",
@@ -69,9 +71,10 @@ def save(
         "format": MODEL_FORMAT,
         "version": MODEL_VERSION,
         "class": _class_name(model),
-        "layers": layer_widths(model),
     }
     structure = getattr(model, "pfs_structure", None)
+    scales = () if structure is None else Structure.from_json(structure).widths
+    document["layers"] = layer_widths(model, scales)
     if structure is not None:
         document["structure"] = structure
     shape = getattr(model, "pfs_input_shape", None)
@@ -119,10 +122,15 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return result
 
 
-def layer_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Widths of all convolutions, linear layers and batch norms: name -> {"kind", "in", "out", "groups"}."""
+def layer_widths(model: nn.Module, scales: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Widths of all convolutions, linear layers and batch norms: name -> {"kind", "in", "out", "groups"}.
+
+    Args:
+        model: The module.
+        scales: Names that may be those of parameters which the forward itself multiplies channels by; they are layers too.
+    """
     layers: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
+    for name, module in (*model.named_modules(), *find_scales(model, scales).items()):
         kind = kind_in_file(module)
         if kind is not None:
             width_in, width_out = widths_of(module)
@@ -140,7 +148,7 @@ def _check_same_model(
         raise FileFormatError(
             f"load: model must be an instance of the class in '{path}', {saved}, got {given}"
         )
-    differences = _differences(document["layers"], layer_widths(model))
+    differences = _differences(document["layers"], layer_widths(model, document["layers"]))
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
         more = len(differences) - _SHOWN_DIFFERENCES
