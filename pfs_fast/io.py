@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,7 +20,6 @@ from .files import (
 )
 from .scales import find_scales
 from .slim import kind_in_file, narrow_to, widths_of
-from .structure import Structure
 
 __all__ = [
     "ExportReport",
@@ -73,8 +73,7 @@ def save(
         "class": _class_name(model),
     }
     structure = getattr(model, "pfs_structure", None)
-    scales = () if structure is None else Structure.from_json(structure).widths
-    document["layers"] = layer_widths(model, scales)
+    document["layers"] = layer_widths(model, _names_in(structure))
     if structure is not None:
         document["structure"] = structure
     shape = getattr(model, "pfs_input_shape", None)
@@ -137,6 +136,16 @@ def layer_widths(model: nn.Module, scales: Iterable[str] = ()) -> dict[str, dict
             groups = getattr(module, "groups", 1)
             layers[name] = {"kind": kind, "in": width_in, "out": width_out, "groups": groups}
     return layers
+
+
+def _names_in(structure: str | None) -> tuple[str, ...]:
+    """Names in the JSON of a structure; none where it is another text."""
+    try:
+        document = None if structure is None else json.loads(structure)
+    except ValueError:
+        document = None
+    widths = document.get("widths") if isinstance(document, dict) else None
+    return tuple(widths) if isinstance(widths, dict) else ()
 
 
 def _check_same_model(
