@@ -149,3 +149,18 @@ def test_only_parameters_with_one_number_for_each_channel_are_scales():
     model.register_buffer("fixed", torch.ones(4))
     found = find_scales(model, ["a", "gamma", "matrix", "fixed", "b.gamma", "a.weight"])
     assert list(found) == ["gamma"] and found["gamma"].width == 4
+
+
+def test_scaled_channels_go_on_as_channels():
+    """What a scale was multiplied onto is no scale: a map of one channel may be multiplied onto it afterwards."""
+    model = Net(
+        lambda m, x: m.fc(m.b((m.gamma.view(-1, 1, 1) * m.a(x)) * torch.sigmoid(m.map(x)))),
+        a=cbr(3, 6),
+        map=conv(3, 1),
+        b=cbr(6, 5),
+        fc=head(5),
+        gamma=nn.Parameter(torch.randn(6)),
+    )
+    groups = analyse(model, IMAGE)
+    assert [group.name for group in groups.groups] == ["a.0", "b.0"]
+    assert "gamma" in check_cut(model, (IMAGE,)).layers

@@ -41,6 +41,8 @@ def binary(call: Call) -> Any:
         return Value(shape, dim, x.labels, zero)
     if not labelled:
         return Value(shape)
+    if call.constraints.is_scale(labelled[0][0].labels):  # go on with the channels, not the scale
+        labelled.reverse()
     (a, dim_a), (b, dim_b) = labelled
     if dim_a == dim_b and 1 in (len(a.labels), len(b.labels)) and shape[dim_a] > 1:
         return _broadcast(call, *((a, b) if len(b.labels) == 1 else (b, a)), dim_a, zero)
@@ -60,7 +62,8 @@ def _beside_scales(call: Call, operands: list[Value]) -> list[Value]:
     def place(v: Value) -> tuple[int, int] | None:
         return None if v.dim is None else (v.dim - len(v.shape), len(v.labels))
 
-    if len(operands) < 2 or place(operands[0]) == place(operands[1]):
+    multiplied = call.name in rules.MULTIPLICATIVE and len(operands) > 1
+    if not multiplied or place(operands[0]) == place(operands[1]):
         return operands
     settled = []
     for v in operands:
