@@ -47,6 +47,10 @@ class _Graph:
 
     def absorbs(self, group: ChannelGroup) -> bool:
         """With the gates of ``group`` at 0: all its mixing layers read zeros, and no gate of it gets a gradient."""
+        if any(n.op == "get_attr" and self._carries(n, group) for n in self._nodes):
+            return (
+                False  # a parameter of the forward itself, which the graph holds beside its module
+            )
         zero = self._zero(group)
         for node in self._nodes:
             reads = [s for s in node.all_input_nodes if s in zero]

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .groups import FIXED, ChannelGroup, ChannelGroups, Layer
-from .narrow import is_channelwise
+from .narrow import is_channelwise, layers_by_name
 from .propagation import NONE, Constraints, LayerUse, Propagation
+from .scales import Scale
 from .trace import TracedModel, trace
 
 
@@ -62,7 +63,7 @@ def channel_graph(
     for index, graph_module in enumerate(traced.graphs):
         for node in graph_module.graph.nodes:  # stays with the node when the graph is rewritten
             node.meta["labelled"] = propagation.outputs.get((index, node.name))
-    modules = dict(traced.train.named_modules())
+    modules = layers_by_name(traced.train, constraints.scales)
     layers = tuple(
         _layer(name, modules[name], use, unit_of_label) for name, use in constraints.layers.items()
     )
@@ -199,8 +200,10 @@ def _with_layers(
     )
 
 
-def _layer(name: str, module: nn.Module, use: LayerUse, unit_of_label: np.ndarray) -> Layer:
+def _layer(name: str, module: nn.Module | Scale, use: LayerUse, unit_of_label: np.ndarray) -> Layer:
     out_units, in_units = unit_of_label[use.out], unit_of_label[use.inputs]
+    if isinstance(module, Scale):
+        return Layer(name, "bn", out_units, in_units, 1, False, 0, 0, 1)
     if is_channelwise(module):
         own = sum(p is not None for p in module._parameters.values())
         return Layer(name, "bn", out_units, in_units, 1, False, 0, 0, own)

@@ -101,9 +101,11 @@ def count(model: nn.Module, example_input: torch.Tensor | tuple[Any, ...]) -> Co
             f"count: example_input must be a tensor or a tuple with tensors, got {type(example_input).__name__}; "
             "pass e.g. torch.zeros(1, 3, 224, 224)"
         )
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        memo = {id(t): fake.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
-        shadow = copy.deepcopy(model, memo)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    memo = {id(t): fake.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
+    # Outside of the mode, under which a plain tensor on the model (a cache of a forward) could not be copied.
+    shadow = copy.deepcopy(model, memo)
+    with fake:
         inputs = tuple(fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs)
         recorder = _Recorder(shadow.eval())
         try:

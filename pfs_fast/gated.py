@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from . import rules
 from .analysis import ChannelGraph
+from .errors import ModelError
 from .functional import is_same_padded
 from .gated_layers import FrozenConv, FusedNorm, GatedOutput, MaxPool, can_pool, pool_of_call
 from .gates import GateBank
@@ -59,6 +60,7 @@ class GatedNetwork(nn.Module):
         fast_convs: bool = False,
     ) -> None:
         super().__init__()
+        self._shapes = graph.traced.shapes
         root = self.root = graph.traced.train.requires_grad_(False)
         device = bank.state.values.device
         _cast(root, dtype, bank.state.values.dtype, device, channels_last)
@@ -69,6 +71,13 @@ class GatedNetwork(nn.Module):
         self.train()
 
     def forward(self, *inputs: Tensor) -> Any:
+        if self._shapes is not None and self._shapes != tuple(tuple(x.shape[1:]) for x in inputs):
+            got = ", ".join(str(tuple(x.shape[1:])) for x in inputs)
+            asked = ", ".join(map(str, self._shapes))
+            raise ModelError(
+                f"search: images must all have the shape {asked} of the first, since the forward of the model decides by "
+                f"their size, got {got}; resize them"
+            )
         return (self.train_net if self.training else self.eval_net)(*inputs)
 
 

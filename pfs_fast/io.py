@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .files import (
     write_safetensors,
     write_text_atomic,
 )
+from .scales import find_scales
 from .slim import kind_in_file, narrow_to, widths_of
 
 __all__ = [
@@ -69,9 +71,9 @@ def save(
         "format": MODEL_FORMAT,
         "version": MODEL_VERSION,
         "class": _class_name(model),
-        "layers": layer_widths(model),
     }
     structure = getattr(model, "pfs_structure", None)
+    document["layers"] = layer_widths(model, _names_in(structure))
     if structure is not None:
         document["structure"] = structure
     shape = getattr(model, "pfs_input_shape", None)
@@ -119,16 +121,31 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return result
 
 
-def layer_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Widths of all convolutions, linear layers and batch norms: name -> {"kind", "in", "out", "groups"}."""
+def layer_widths(model: nn.Module, scales: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Widths of all convolutions, linear layers and batch norms: name -> {"kind", "in", "out", "groups"}.
+
+    Args:
+        model: The module.
+        scales: Names that may be those of parameters which the forward itself multiplies channels by; they are layers too.
+    """
     layers: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
+    for name, module in (*model.named_modules(), *find_scales(model, scales).items()):
         kind = kind_in_file(module)
         if kind is not None:
             width_in, width_out = widths_of(module)
             groups = getattr(module, "groups", 1)
             layers[name] = {"kind": kind, "in": width_in, "out": width_out, "groups": groups}
     return layers
+
+
+def _names_in(structure: str | None) -> tuple[str, ...]:
+    """Names in the JSON of a structure; none where it is another text."""
+    try:
+        document = None if structure is None else json.loads(structure)
+    except ValueError:
+        document = None
+    widths = document.get("widths") if isinstance(document, dict) else None
+    return tuple(widths) if isinstance(widths, dict) else ()
 
 
 def _check_same_model(
@@ -140,7 +157,7 @@ def _check_same_model(
         raise FileFormatError(
             f"load: model must be an instance of the class in '{path}', {saved}, got {given}"
         )
-    differences = _differences(document["layers"], layer_widths(model))
+    differences = _differences(document["layers"], layer_widths(model, document["layers"]))
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
         more = len(differences) - _SHOWN_DIFFERENCES

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from .errors import ModelError, StructureError
+from .scales import Scale, find_scales
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -21,11 +22,18 @@ Indices = tuple[int, ...]
 Kept = tuple[Indices | None, Indices | None]  # kept (in, out) channels, ascending; None: all
 
 
-def kind_of(module: nn.Module | None) -> str | None:
-    """``"conv"``, ``"linear"`` or ``"bn"`` for modules whose width can change, else None.
+def layers_by_name(model: nn.Module, names: Iterable[str] = ()) -> dict[str, nn.Module | Scale]:
+    """All modules of a model, under all their names, and those of ``names`` that are parameters which scale channels."""
+    return dict(model.named_modules(remove_duplicate=False)) | find_scales(model, names)
+
+
+def kind_of(module: nn.Module | Scale | None) -> str | None:
+    """``"conv"``, ``"linear"``, ``"bn"`` or ``"scale"`` for what has a width that can change, else None.
 
     ``"bn"`` is every layer that takes its channels one by one: norms, and PReLU with a slope for each.
     """
+    if isinstance(module, Scale):
+        return "scale"
     if isinstance(module, CONVOLUTIONS):
         return "conv"
     if isinstance(module, nn.Linear):
@@ -43,8 +51,10 @@ def is_channelwise(module: nn.Module | None) -> bool:
     return isinstance(module, NORMS) or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
 
 
-def widths_of(module: nn.Module) -> tuple[int, int]:
+def widths_of(module: nn.Module | Scale) -> tuple[int, int]:
     """``(in, out)`` channels of a module that ``kind_of`` knows."""
+    if isinstance(module, Scale):
+        return (module.width,) * 2
     if isinstance(module, CONVOLUTIONS):
         return module.in_channels, module.out_channels
     if isinstance(module, nn.Linear):
@@ -76,8 +86,8 @@ def narrow_layers(function: str, model: nn.Module, plan: Mapping[str, Kept]) -> 
     Raises:
         StructureError: Names the layer that cannot be narrowed so. The model may then be narrowed in part.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    done: dict[nn.Module, Kept] = {}
+    modules = layers_by_name(model, plan)
+    done: dict[nn.Module | Scale, Kept] = {}
     narrowed: dict[tuple[int, Kept], nn.Parameter] = {}
     originals: dict[int, nn.Parameter] = {}  # keeps them alive, so that their ids stay theirs
     for name, kept in plan.items():
@@ -89,6 +99,9 @@ def narrow_layers(function: str, model: nn.Module, plan: Mapping[str, Kept]) -> 
                 )
             continue
         done[module] = kept
+        if isinstance(module, Scale):
+            _narrow_scale(module, kept[1], narrowed, originals)
+            continue
         try:
             _narrow(module, *kept, narrowed, originals)
         except StructureError as error:
@@ -158,6 +171,20 @@ def _narrow(
                 )
     for name, value in attributes.items():
         setattr(module, name, value)
+
+
+def _narrow_scale(
+    scale: Scale,
+    kept: Indices | None,
+    narrowed: dict[tuple[int, Kept], nn.Parameter],
+    originals: dict[int, nn.Parameter],
+) -> None:
+    old = scale.parameter
+    originals[id(old)] = old
+    index = torch.tensor(range(scale.width) if kept is None else kept, device=old.device)
+    new = _in_format_of(old, old.detach().index_select(scale.dim, index))
+    narrowed[id(old), (None, kept)] = _like_parameter(old, new)
+    scale.owner._parameters[scale.attribute] = narrowed[id(old), (None, kept)]
 
 
 def _channelwise_attributes(module: nn.Module, kept: Indices | None) -> dict[str, int]:

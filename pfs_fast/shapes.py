@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -75,29 +76,41 @@ def infer_values(
     Raises:
         TraceError: A node does not take what it gets.
     """
+    with fake_run(graph_module):
+        fakes = [
+            torch.empty((IMAGES, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs
+        ]
+        recorder = _Recorder(graph_module, count)
+        recorder.run(*fakes)
+    _find_stale(graph_module.graph)
+    return recorder.macs // IMAGES
+
+
+@contextmanager
+def fake_run(module: nn.Module, mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """Inside, operations compute nothing, and the buffers of ``module`` stay as they are.
+
+    Args:
+        module: What is run.
+        mode: To go on with tensors of an earlier run; default: a new one.
+    """
     # Fake tensors carry small integers as values: a batch norm would count this run in its real buffer.
-    counters = [(b, b.clone()) for b in graph_module.buffers() if not b.is_floating_point()]
+    counters = [(b, b.clone()) for b in module.buffers() if not b.is_floating_point()]
     # The fused attention of nn.MultiheadAttention is one operation that the counter does not know.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
-            FakeTensorMode(allow_non_fake_inputs=True),
+            mode or FakeTensorMode(allow_non_fake_inputs=True),
             sdpa_kernel(SDPBackend.MATH),
             quiet_fake_tensors(),
             torch.no_grad(),
         ):
-            fakes = [
-                torch.empty((IMAGES, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs
-            ]
-            recorder = _Recorder(graph_module, count)
-            recorder.run(*fakes)
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for buffer, value in counters:
             buffer.copy_(value)
-    _find_stale(graph_module.graph)
-    return recorder.macs // IMAGES
 
 
 class _Recorder(fx.Interpreter):

@@ -12,7 +12,15 @@ from torch import nn
 from ._modules import require_plain
 from .errors import ConfigError, StructureError
 from .init import initialise
-from .narrow import Indices, Kept, kind_in_file, kind_of, narrow_layers, widths_of
+from .narrow import (
+    Indices,
+    Kept,
+    kind_in_file,
+    kind_of,
+    layers_by_name,
+    narrow_layers,
+    widths_of,
+)
 from .structure import Structure
 
 __all__ = ["kind_in_file", "kind_of", "narrow_layers", "narrow_to", "slim", "widths_of"]
@@ -81,7 +89,7 @@ def narrow_to(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.M
     """
     require_plain("narrow_to", model)
     narrow = copy.deepcopy(model)
-    modules = dict(narrow.named_modules(remove_duplicate=False))
+    modules = layers_by_name(narrow, layers)
     plan: dict[str, Kept] = {}
     for name, entry in layers.items():
         module = modules.get(name)
@@ -106,7 +114,7 @@ def narrow_to(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.M
 
 def _plan(model: nn.Module, structure: Structure) -> dict[str, Kept]:
     """Kept ``(in, out)`` channels of every layer of the structure, checked against the model. None: all."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = layers_by_name(model, structure.widths)
     plan = {}
     for name, width in structure.widths.items():
         module = modules.get(name)

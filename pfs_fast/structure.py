@@ -26,8 +26,8 @@ class Structure:
     Attributes:
         kept: Kept units of every prunable group, ascending; positions inside the group. ``{group: indices}``.
         sizes: Number of units of every prunable group. ``{group: size}``.
-        layers: Kept output channels of every convolution, linear and batch-norm layer whose outputs are prunable,
-            ascending. ``{module name: indices}``.
+        layers: Kept output channels of every convolution, linear and batch-norm layer whose outputs are prunable, and of
+            parameters that scale them, ascending. ``{name of the module or parameter: indices}``.
         inputs: Kept input channels of every convolution and linear layer whose inputs are prunable, ascending.
         widths: Original ``(in, out)`` channels of every layer in ``layers`` or ``inputs``.
         macs: Multiply-accumulates of one image after slimming, exact.

@@ -26,6 +26,7 @@ from ._modules import require_plain
 from .errors import ModelError, TraceError
 from .functional import call_layers, is_same_padded
 from .shapes import infer_values
+from .size_values import NotASize, SizeValues
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep  # not torchvision
 # Layers that stay one node, also as subclasses with the forward of their base.
@@ -44,6 +45,8 @@ class TracedModel:
         macs: MACs of the eval forward of one image, all operations that ``torch.utils.flop_counter`` knows.
         params: Parameters of the model, each counted once, also of modules that the forward never calls.
         opaque: Modules that could not be traced and are one node each: name -> why. Their channels are held whole.
+        shapes: Shapes of one image, one for each input, where the forward asked for sizes (``if height == 7``): the graphs
+            hold for these alone. None: it did not ask.
     """
 
     train: fx.GraphModule
@@ -51,6 +54,7 @@ class TracedModel:
     macs: int
     params: int
     opaque: dict[str, str] = field(default_factory=dict)
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def graphs(self) -> tuple[fx.GraphModule, ...]:
@@ -93,17 +97,68 @@ class _Proxy(fx.Proxy):
     def _in_place(self, operation: Any, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
+    # Where Python needs a number of a size, it gets that of the example.
+
+    def __getattr__(self, k: str) -> fx.Proxy:
+        if k in ("shape", "ndim"):  # as proxies of this class, where torch.fx has one of its own
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        return super().__getattr__(k)
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.number(self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.number(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.number(self))
+
+    def __round__(self, digits: int | None = None) -> float:
+        return round(self.tracer.number(self), digits)
+
+    def __len__(self) -> int:
+        return len(self.tracer.elements(self))
+
 
 class _Tracer(fx.Tracer):
     """Keeps every layer that pruning narrows as one node, and remembers where it is."""
 
-    def __init__(self, opaque: set[type[nn.Module]]) -> None:
+    def __init__(self, opaque: set[type[nn.Module]], inputs: tuple[torch.Tensor, ...]) -> None:
         super().__init__()
         self.path: list[str] = []
         self._opaque = opaque
+        self._size_values = SizeValues(self, inputs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.number(obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        """Every size of a shape, still as something that follows the shape."""
+        return (obj[i] for i in range(len(self.elements(obj))))
+
+    def number(self, obj: fx.Proxy) -> Any:
+        """What Python makes control flow of, or an index."""
+        try:
+            value = self._size_values(obj.node)
+        except NotASize as error:
+            raise fx.proxy.TraceError(
+                f"the forward asks for '{obj.node.name}', but {error}"
+            ) from None
+        if not isinstance(value, (bool, int, float)):
+            raise fx.proxy.TraceError(f"the forward asks for '{obj.node.name}', which is no number")
+        return value
+
+    def elements(self, obj: fx.Proxy) -> tuple[Any, ...]:
+        """A shape, of which only the length is used."""
+        try:
+            return self._size_values.shape(obj.node)
+        except NotASize as error:
+            raise fx.proxy.TraceError(
+                f"the forward goes through '{obj.node.name}', but {error}"
+            ) from None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) in self._opaque or is_same_padded(m):
@@ -135,7 +190,7 @@ def trace(
     Args:
         model: Any fx-traceable module. Not modified.
         example_input: Input as the model takes it, [N, C, ...]; only shape, dtype and device are used. A tuple for
-            several inputs.
+            several inputs. Where the forward asks for sizes, the graphs hold for images of this shape (``TracedModel.shapes``).
         values: The graphs are to be run on numbers, so a model on the meta device is refused.
 
     Raises:
@@ -145,12 +200,15 @@ def trace(
     _check_model(model, values)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     replica = _copied(model)
-    graphs, inside, untraceable = _trace_modes(replica)
+    graphs, inside, untraceable = _trace_modes(replica, inputs)
     for layer in inside:
         # What the subclass does besides stands in the graph; the layer itself is that of its base.
         layer.__class__ = _torch_class(type(layer))
     train, eval_ = graphs
+    assumed = [n for g in graphs for n in g.graph.nodes if "assumed" in n.meta]
     if _same(train.graph, eval_.graph):
+        for node, twin in zip(train.graph.nodes, eval_.graph.nodes, strict=True):
+            node.meta |= twin.meta
         eval_ = train
     try:
         if train is not eval_:
@@ -169,15 +227,17 @@ def trace(
         for name, module in replica.named_modules()
         if type(module) in untraceable
     }
-    return TracedModel(train, eval_, macs, sum(p.numel() for p in model.parameters()), opaque)
+    shapes = tuple(tuple(x.shape[1:]) for x in inputs) if assumed else None
+    params = sum(p.numel() for p in model.parameters())
+    return TracedModel(train, eval_, macs, params, opaque, shapes)
 
 
 def _trace_modes(
-    model: nn.Module,
+    model: nn.Module, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[list[fx.GraphModule], set[nn.Module], dict[type[nn.Module], TraceError]]:
     """Graphs in train and eval mode, layers with a forward of their own, and classes that had to stay one node.
 
-    A module whose forward asks for sizes (``if x.size(2) != 7``) cannot be traced, but run as it is.
+    A module whose forward asks for what no size says (``if x.is_contiguous()``) cannot be traced, but run as it is.
     """
     untraceable: dict[type[nn.Module], TraceError] = {}
     while True:
@@ -185,7 +245,7 @@ def _trace_modes(
         try:
             for training in (True, False):
                 model.train(training)
-                graph_module, layers = _trace_mode(model, set(untraceable))
+                graph_module, layers = _trace_mode(model, inputs, set(untraceable))
                 graphs.append(graph_module)
                 inside |= layers
             return graphs, inside, untraceable
@@ -231,10 +291,10 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _trace_mode(
-    model: nn.Module, opaque: set[type[nn.Module]]
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], opaque: set[type[nn.Module]]
 ) -> tuple[fx.GraphModule, set[nn.Module]]:
     """The graph, and layers with a forward of their own that became calls of their base."""
-    tracer = _Tracer(opaque)
+    tracer = _Tracer(opaque, inputs)
     try:
         with warnings.catch_warnings():
             # What traced control flow warns of becomes an error below if it matters.

@@ -13,7 +13,16 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ._modules import require_plain
 from .errors import ConfigError, ModelError, StructureError
-from .narrow import BATCH_NORMS, INSTANCE_NORMS, TRANSPOSED, is_channelwise, kind_of, widths_of
+from .narrow import (
+    BATCH_NORMS,
+    INSTANCE_NORMS,
+    TRANSPOSED,
+    is_channelwise,
+    kind_of,
+    layers_by_name,
+    widths_of,
+)
+from .scales import Scale, find_scales
 from .slim import slim
 from .structure import Structure
 
@@ -102,6 +111,7 @@ def verify(
             torch.manual_seed(seed + trial)
             dense = copy.deepcopy(model).double().eval()
             inputs = _random_inputs(example_input, next(dense.parameters()).device)
+            _shake_scales(dense, structure)
             _shake(dense, inputs)
             if slim_model is None:
                 narrow = slim(dense, structure, weights="inherit")
@@ -109,6 +119,7 @@ def verify(
                 require_plain("verify", slim_model)
                 narrow = copy.deepcopy(slim_model).double().eval()
                 _copy_norms(dense, narrow, structure)
+                _copy_scales(dense, narrow, structure)
             _zero_dropped(dense, structure)
             # By the whole network: a PReLU that is left with one channel looks like one with a common slope.
             layers = {name for name, m in dense.named_modules() if kind_of(m) is not None}
@@ -200,6 +211,12 @@ def _shake(model: nn.Module, inputs: tuple[Any, ...]) -> None:
             handle.remove()
 
 
+def _shake_scales(model: nn.Module, structure: Structure) -> None:
+    """Parameters that the forward multiplies channels by, which often start so small that they would hide an error."""
+    for scale in find_scales(model, structure.widths).values():
+        scale.parameter.copy_(torch.rand_like(scale.parameter) + 0.5)
+
+
 def _copy_norms(dense: nn.Module, narrow: nn.Module, structure: Structure) -> None:
     """Give the norms of a slim network the kept slices of those of the whole one."""
     sources = dict(dense.named_modules(remove_duplicate=False))
@@ -222,14 +239,29 @@ def _copy_norms(dense: nn.Module, narrow: nn.Module, structure: Structure) -> No
                 tensor.copy_(getattr(source, key)[index])
 
 
+def _copy_scales(dense: nn.Module, narrow: nn.Module, structure: Structure) -> None:
+    there = find_scales(narrow, structure.widths)
+    for name, scale in find_scales(dense, structure.widths).items():
+        kept = structure.layers[name]
+        if name not in there or there[name].width != len(kept):
+            raise StructureError(
+                f"verify: parameter {name} must keep {len(kept)} channels in slim_model; pass the slim network of this "
+                "structure"
+            )
+        index = torch.tensor(list(kept), device=scale.parameter.device)
+        there[name].parameter.copy_(scale.parameter.index_select(scale.dim, index))
+
+
 def _zero_dropped(dense: nn.Module, structure: Structure) -> None:
     """Dropped rows of weights and biases become 0, since a forward may use them without calling their layer.
 
     Where it does call it, the hooks of ``_run`` do the same.
     """
-    modules = dict(dense.named_modules(remove_duplicate=False))
+    modules = layers_by_name(dense, structure.layers)
     for name, kept in structure.layers.items():
         module = modules[name]
+        if isinstance(module, Scale):
+            continue  # what it multiplies is 0
         dropped = sorted(set(range(widths_of(module)[1])) - set(kept))
         if isinstance(module, TRANSPOSED):
             continue  # their output channels are not rows

@@ -72,15 +72,15 @@ def folded(m, x):
     return m.fc(m.b(z.reshape(n, -1, h, w)))
 
 
-class SizeDependent(nn.Module):
-    """Cannot be traced, but run: its control flow asks for sizes only."""
+class BatchDependent(nn.Module):
+    """Cannot be traced, but run: its control flow asks for the number of images."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x):
-        return self.inner(x) if x.size(2) > 3 else x
+        return self.inner(x) if x.size(0) < 1000 else x
 
 
 class NormAct(nn.BatchNorm2d):
@@ -784,14 +784,14 @@ CASES = {
         {("b.0",): 5},
         {"a": r"a parameter of layer 'a' is read by the forward itself"},
     ),
-    "control flow by sizes": Case(
+    "control flow by the number of images": Case(
         nn.Sequential(
-            cbr(3, 6), SizeDependent(conv(6, 5)), cbr(5, 4), SizeDependent(conv(4, 4)), head(4)
+            cbr(3, 6), BatchDependent(conv(6, 5)), cbr(5, 4), BatchDependent(conv(4, 4)), head(4)
         ),
         {},
         {
-            "0.0": r"module '1' \(SizeDependent\) cannot be traced",
-            "2.0": r"module '3' \(SizeDependent\) cannot be traced",
+            "0.0": r"module '1' \(BatchDependent\) cannot be traced",
+            "2.0": r"module '3' \(BatchDependent\) cannot be traced",
             "4.2": OUTPUT,
         },
         head=False,
@@ -802,7 +802,7 @@ CASES = {
                 lambda m, x: m.fc(m.b(m.a(x)) + m.s(x.repeat(1, 2, 1, 1))),
                 a=cbr(3, 6),
                 b=inner,
-                s=SizeDependent(inner),
+                s=BatchDependent(inner),
                 fc=head(5),
             )
         )(conv(6, 5)),

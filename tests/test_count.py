@@ -170,6 +170,33 @@ def test_count_refuses_a_scripted_model():
         count(scripted, torch.zeros(1, 3))
 
 
+class Caching(nn.Module):
+    """Keeps what it computed in eval mode, as attention with position biases does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1, bias=False)
+        self.bias = nn.Parameter(torch.ones(4, 2))
+        self.cache = {}
+
+    def forward(self, x):
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias[:, :1].clone()
+        return self.conv(x) + self.cache["bias"][:, :, None]
+
+
+def test_count_takes_models_that_hold_plain_tensors():
+    model, x = Caching().eval(), torch.zeros(1, 3, 2, 2)
+    before = count(model, x)
+    assert before.macs == 48 and model.cache == {}
+    with torch.no_grad():
+        model(x)
+    kept = model.cache["bias"]
+    after = count(model, x)
+    assert (after.macs, after.params) == (before.macs, before.params) == (48, 20)
+    assert model.cache["bias"] is kept and type(kept) is torch.Tensor
+
+
 def test_failing_count_logs_nothing(caplog):
     with pytest.raises(ModelError):
         count(nn.Conv2d(3, 4, 9), torch.zeros(1, 3, 4, 4))

@@ -165,11 +165,11 @@ def test_trace_refuses_meta_and_mixed_devices():
         trace(model, IMAGE)
 
 
-class BySize(nn.Module):
-    """Control flow on sizes: torch.fx does not follow it, but it runs."""
+class ByImages(nn.Module):
+    """Control flow on the number of images: not followed, but it runs."""
 
     def forward(self, x):
-        return x.mean((2, 3), keepdim=True) if x.size(2) > 4 else x
+        return x.mean((2, 3), keepdim=True) if x.size(0) < 1000 else x
 
 
 class ByValue(nn.Module):
@@ -177,17 +177,17 @@ class ByValue(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def test_trace_keeps_modules_whole_that_ask_for_sizes():
-    model = nn.Sequential(cbr(3, 4), BySize(), cbr(4, 5), BySize(), head(5))
+def test_trace_keeps_modules_whole_that_ask_for_the_number_of_images():
+    model = nn.Sequential(cbr(3, 4), ByImages(), cbr(4, 5), ByImages(), head(5))
     traced = trace(model, IMAGE)
     assert set(traced.opaque) == {"1", "3"}
-    assert traced.opaque["1"] == "module '1' (BySize) cannot be traced"
+    assert traced.opaque["1"] == "module '1' (ByImages) cannot be traced"
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(traced.eval.eval()(x), model.eval()(x))
 
 
-def test_trace_error_of_data_stays_where_sizes_are_asked_for_too():
-    model = nn.Sequential(cbr(3, 4), BySize(), ByValue(), head(4))
+def test_trace_error_of_data_stays_where_images_are_counted_too():
+    model = nn.Sequential(cbr(3, 4), ByImages(), ByValue(), head(4))
     with pytest.raises(
         TraceError, match=r"module '2' \(ByValue\).*test_trace\.py:\d+: return x if x\.sum"
     ):

@@ -32,6 +32,7 @@ class Constraints:
         residual: Labels that join a residual sum.
         layers: Every layer that is called.
         producers: Labels of the output channels of every convolution and linear layer.
+        scales: Labels of every parameter that the forward itself multiplies channels by.
     """
 
     num_labels: int = 1
@@ -41,6 +42,7 @@ class Constraints:
     residual: list[np.ndarray] = field(default_factory=list)
     layers: dict[str, LayerUse] = field(default_factory=dict)
     producers: dict[str, np.ndarray] = field(default_factory=dict)
+    scales: dict[str, np.ndarray] = field(default_factory=dict)
 
     def couple(self, a: np.ndarray, b: np.ndarray) -> None:
         """The channels of both live and die together, entry by entry."""
@@ -62,7 +64,21 @@ class Constraints:
 
     def new_labels(self, name: str, size: int) -> np.ndarray:
         """Labels of the output channels of a producer that is met for the first time."""
+        self.producers[name] = labels = self._fresh(size)
+        return labels
+
+    def scale_labels(self, name: str, size: int) -> np.ndarray:
+        """Labels of a parameter that scales channels, which are those of the channels that it meets."""
+        if name not in self.scales:
+            self.scales[name] = labels = self._fresh(size)
+            self.layers[name] = LayerUse(labels, labels)
+        return self.scales[name]
+
+    def is_scale(self, labels: np.ndarray) -> bool:
+        """Whether these are labels of a parameter."""
+        return any(np.isin(labels, own).any() for own in self.scales.values())
+
+    def _fresh(self, size: int) -> np.ndarray:
         labels = np.arange(self.num_labels, self.num_labels + size)
         self.num_labels += size
-        self.producers[name] = labels
         return labels

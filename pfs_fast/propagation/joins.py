@@ -20,7 +20,7 @@ def binary(call: Call) -> Any:
         return call.refuse(
             f"the operands of '{node.name}' are not understood", flatten((args, kwargs))
         )
-    operands = [a for a in args if isinstance(a, Value)]
+    operands = _beside_scales(call, [a for a in args if isinstance(a, Value)])
     aligned = [(v, None if v.dim is None else v.dim + len(shape) - len(v.shape)) for v in operands]
     labelled = [(v, d) for v, d in aligned if d is not None]
     zero = all(v.zero and v.dim is not None for v in operands)
@@ -39,6 +39,10 @@ def binary(call: Call) -> Any:
         if shape[dim] != len(x.labels):
             return call.refuse(f"'{node.name}' broadcasts a single channel", [x])
         return Value(shape, dim, x.labels, zero)
+    if not labelled:
+        return Value(shape)
+    if call.constraints.is_scale(labelled[0][0].labels):  # go on with the channels, not the scale
+        labelled.reverse()
     (a, dim_a), (b, dim_b) = labelled
     if dim_a == dim_b and 1 in (len(a.labels), len(b.labels)) and shape[dim_a] > 1:
         return _broadcast(call, *((a, b) if len(b.labels) == 1 else (b, a)), dim_a, zero)
@@ -50,6 +54,26 @@ def binary(call: Call) -> Any:
     if call.name in rules.ADDITIVE:
         call.constraints.residual += [a.labels, b.labels]
     return Value(shape, dim_a, np.where(a.labels == NONE, b.labels, a.labels), zero)
+
+
+def _beside_scales(call: Call, operands: list[Value]) -> list[Value]:
+    """A parameter that does not hold one number for each channel of the other operand stays whole, which the other may not."""
+
+    def place(v: Value) -> tuple[int, int] | None:
+        return None if v.dim is None else (v.dim - len(v.shape), len(v.labels))
+
+    multiplied = call.name in rules.MULTIPLICATIVE and len(operands) > 1
+    if not multiplied or place(operands[0]) == place(operands[1]):
+        return operands
+    settled = []
+    for v in operands:
+        if v.dim is not None and call.constraints.is_scale(v.labels):
+            call.constraints.fix(
+                v.labels, f"'{call.node.name}' multiplies it along other dimensions"
+            )
+            v = Value(v.shape)
+        settled.append(v)
+    return settled
 
 
 def _broadcast(call: Call, x: Value, single: Value, dim: int, zero: bool) -> Value:

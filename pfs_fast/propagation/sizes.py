@@ -7,12 +7,14 @@ does not. Which is which is found by evaluating the code for a network with seve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
+from ..size_values import depends
 from .values import Value, holds_tensors
 
 FACTORS = (1, 2, 3)  # numbers of channels to try, as multiples
@@ -52,6 +54,24 @@ class Sizes:
         ):  # arithmetic of the model that other numbers do not fit, whatever it raises
             return sources
         return sources if once != twice else []
+
+    def deciding(self, node: fx.Node) -> list[Value]:
+        """Labelled tensors whose number of channels a number that the forward asked for depends on."""
+
+        def is_tensor(n: fx.Node) -> bool:
+            return holds_tensors(n.meta["val"])
+
+        def changed(n: fx.Node, source: Value) -> bool:
+            try:
+                once, twice = (
+                    self._evaluate(n, lambda v, f=f: f if v is source else 1) for f in (1, 2)
+                )
+            except Exception:  # as above
+                return True
+            return once != twice
+
+        labelled = [v for v in self._sources([node]) if v.dim is not None]
+        return [v for v in labelled if depends(node, is_tensor, partial(changed, source=v))]
 
     def _sources(self, plain: list[fx.Node]) -> Iterable[Value]:
         """Labels of the tensors that these arguments were computed from."""

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from .. import rules
+from ..scales import scales_of
 from ..trace import TracedModel
 from .call import Call
 from .constraints import Constraints
@@ -35,6 +36,7 @@ class Propagation:
         self._modules = dict(traced.train.named_modules())
         self._opaque = traced.opaque
         self._shared = _read_elsewhere(traced)
+        self._scales = scales_of(traced.graphs)
         self._index = 0
         self.sizes = Sizes(lambda node: self.outputs.get((self._index, node.name)))
         for index, graph_module in enumerate(traced.graphs):
@@ -51,6 +53,10 @@ class Propagation:
                 self.outputs[self._index, node.name] = result
             if node.meta["writes"]:
                 self._overwrite(node, env)
+            if "assumed" in node.meta:
+                for value in self.sizes.deciding(node):
+                    reason = f"the forward decides by their number ('{node.name}')"
+                    self.constraints.fix(value.labels, reason)
 
     def _overwrite(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
         """Later readers of an operand that was written in place see the new values."""
@@ -67,6 +73,8 @@ class Propagation:
                     self.constraints.fix(value.labels, reason)
 
     def _node(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if node.op == "get_attr" and node.target in self._scales:
+            return self._scale(node)
         if node.op in ("placeholder", "get_attr"):
             return unlabelled(node.meta["val"])
         module = self._module(node)
@@ -89,6 +97,11 @@ class Propagation:
         if not values:  # arithmetic on sizes and other plain values
             return unlabelled(call.meta)
         return self._operation(call)
+
+    def _scale(self, node: fx.Node) -> Value:
+        shape, size = tuple(node.meta["val"].shape), self._scales[node.target]
+        labels = self.constraints.scale_labels(node.target, size)
+        return Value(shape, shape.index(size), labels, zero=False)
 
     def _fix_counted(self, call: Call) -> None:
         """Hold channels fixed whose number goes into a result otherwise than as its shape (``x / x.size(1)``)."""
