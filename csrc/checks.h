@@ -147,6 +147,65 @@ inline Act check_bn_gate_act_backward(const at::Tensor& grad_y, const at::Tensor
   return parsed;
 }
 
+inline void check_winograd_image(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.dim() == 4, op, ": ", name,
+                    " must have 4 dimensions [N, C, H, W], got shape ", t.sizes(),
+                    "; use frozen_conv for others");
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, op, ": ", name, " must be float32, got ",
+                   t.scalar_type(), "; use frozen_conv for other dtypes");
+}
+
+inline void check_winograd_weight(const char* op, const at::Tensor& weight, const char* x_name, const at::Tensor& x,
+                  int64_t channel_dim, at::IntArrayRef padding) {
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
+                    ": weight must have shape [C_out, C_in, 3, 3], got ", weight.sizes(),
+                    "; use frozen_conv for other kernels");
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, op, ": weight must be float32, got ",
+                   weight.scalar_type(), "; use frozen_conv for other dtypes");
+  TORCH_CHECK_VALUE(x.size(1) == weight.size(channel_dim), op, ": ", x_name, " must have ",
+                    weight.size(channel_dim), " channels (weight.size(", channel_dim, ")), got ",
+                    x.size(1), "; weight and ", x_name, " do not belong together");
+  check_same_device(op, "weight", weight, x, x_name);
+  TORCH_CHECK_VALUE(padding.size() == 2, op, ": padding must have two values, got ", padding,
+                    "; pass one for each spatial dimension");
+  for (const int64_t value : padding) {
+    TORCH_CHECK_VALUE(value >= 0 && value <= 2, op, ": padding must lie in [0, 2], got ", padding,
+                      "; use frozen_conv for more");
+  }
+}
+
+inline void check_winograd_input(const char* op, const at::Tensor& x, const at::Tensor& weight,
+                                 const std::optional<at::Tensor>& bias, at::IntArrayRef padding) {
+  check_winograd_image(op, "x", x);
+  check_winograd_weight(op, weight, "x", x, 1, padding);
+  for (int64_t d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(x.size(d + 2) + 2 * padding[d] >= 3, op,
+                      ": x must be at least 3 high and wide with its padding, got shape ",
+                      x.sizes(), " and padding ", padding, "; pad it");
+  }
+  if (is_present(bias)) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), op,
+                      ": bias must have shape [C_out] with C_out = ", weight.size(0),
+                      " (weight.size(0)), got ", bias->sizes(),
+                      "; pass one value per output channel");
+    TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat, op, ": bias must be float32, got ",
+                     bias->scalar_type(), "; cast the frozen bias once");
+    check_same_device(op, "bias", *bias, x);
+  }
+}
+
+inline void check_winograd_gradient(const char* op, const at::Tensor& grad_y,
+                                    const at::Tensor& weight, at::IntArrayRef padding) {
+  check_winograd_image(op, "grad_y", grad_y);
+  check_winograd_weight(op, weight, "grad_y", grad_y, 0, padding);
+  for (int64_t d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(grad_y.size(d + 2) + 2 >= 2 * padding[d], op,
+                      ": grad_y must be as large as the output for this padding, ", padding,
+                      ", got shape ", grad_y.sizes(),
+                      "; pass the gradient of winograd_conv's output");
+  }
+}
+
 inline void check_gate_vector(const char* name, const at::Tensor& t, const at::Tensor& gates,
                               at::ScalarType type, bool contiguous) {
   constexpr const char* op = "gate_step_";

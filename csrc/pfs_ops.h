@@ -143,6 +143,40 @@ at::Tensor max_pool_backward_cuda(const at::Tensor& grad_y, const at::Tensor& of
                                   at::IntArrayRef input_size, at::IntArrayRef kernel,
                                   at::IntArrayRef stride, at::IntArrayRef padding);
 
+// bn_gate_act(winograd_conv(x, conv_weight, conv_bias), ...) with the statistics of the batch, in
+// channels_last. The result does not depend on the number of threads.
+using ConvBnGateActOutputs = std::tuple<at::Tensor,   // y     [N, C, H_out, W_out]
+                                        at::Tensor,   // u     [N, C, H_out, W_out], convolved
+                                        at::Tensor,   // mean  [C]
+                                        at::Tensor,   // var   [C]
+                                        at::Tensor>;  // aux   see AuxKind in activation.h
+
+ConvBnGateActOutputs conv_bn_gate_act_cpu(
+    const at::Tensor& x,              // [N, C_in, H, W], float32
+    const at::Tensor& conv_weight,    // [C, C_in, 3, 3], float32
+    const OptionalTensor& conv_bias,  // [C], float32
+    const OptionalTensor& gate,       // [C], float32; absent = 1
+    const OptionalTensor& weight,     // [C], float32; absent = 1
+    const OptionalTensor& bias,       // [C], float32; absent = 0
+    const OptionalTensor& residual,   // as y; absent = 0
+    at::IntArrayRef padding,          // two values in [0, 2]
+    int64_t tile,                     // 2 or 4
+    double eps, std::string_view act);
+
+// As bn_gate_act's gradients, but that of x, [N, C_in, H, W].
+BnGateActGrads conv_bn_gate_act_backward_cpu(
+    const at::Tensor& grad_y,       // [N, C, H_out, W_out], any strides
+    const at::Tensor& u,            // [N, C, H_out, W_out], of the forward pass
+    const at::Tensor& mean,         // [C], of the forward pass
+    const at::Tensor& var,          // [C], of the forward pass
+    const at::Tensor& conv_weight,  // [C, C_in, 3, 3]
+    const OptionalTensor& gate,     // [C]
+    const OptionalTensor& weight,   // [C]
+    const OptionalTensor& bias,     // [C]
+    const at::Tensor& aux,          // of the forward pass
+    at::IntArrayRef padding, int64_t tile, double eps, std::string_view act, bool has_residual,
+    std::array<bool, 5> output_mask);
+
 // One step on all gates, in place: step += 1; grad + the regulariser's gradient 2 gamma (m -
 // target) / num_gates * sign(gates), m = sum |gates| / num_gates; Adam (bias corrections in
 // double); clamp to [0, 1], NaN stays NaN; died_at = step where a gate has just become 0 and -1

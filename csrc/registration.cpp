@@ -37,6 +37,15 @@ TORCH_LIBRARY(pfs_fast, m) {
       "_max_pool_backward(Tensor grad_y, Tensor offsets, SymInt[] input_size, int[2] kernel, "
       "int[2] stride, int[2] padding) -> Tensor");
   m.def(
+      "conv_bn_gate_act(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? gate, Tensor? "
+      "weight, Tensor? bias, Tensor? residual, SymInt[] padding, int tile, float eps, str act) -> "
+      "(Tensor y, Tensor u, Tensor mean, Tensor var, Tensor aux)");
+  m.def(
+      "_conv_bn_gate_act_backward(Tensor grad_y, Tensor u, Tensor mean, Tensor var, Tensor "
+      "conv_weight, Tensor? gate, Tensor? weight, Tensor? bias, Tensor aux, SymInt[] padding, int "
+      "tile, float eps, str act, bool has_residual, bool[5] output_mask) -> (Tensor grad_x, Tensor "
+      "grad_gate, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+  m.def(
       "gate_step_(Tensor(a!) gates, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!) step, "
       "Tensor(e!) died_at, float lr, float beta1, float beta2, float eps, float gamma, float "

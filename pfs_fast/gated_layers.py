@@ -32,25 +32,35 @@ class FusedNorm(nn.Module):
     def gated(self) -> bool:
         return self._bank is not None
 
+    @property
+    def gate(self) -> Tensor | None:
+        """Its gates, [C]; None without."""
+        return self._bank.vector(self._name) if self._bank else None
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether the statistics are those of the batch."""
+        return self.training or self.bn.running_mean is None
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         bn = self.bn
-        batch_stats = self.training or bn.running_mean is None
         return self._ops.bn_gate_act(
             x,
-            self._bank.vector(self._name) if self._bank else None,
+            self.gate,
             bn.weight,
             bn.bias,
             residual,
             bn.running_mean,
             bn.running_var,
-            training=batch_stats,
-            momentum=self._momentum() if self.training and self.track else None,
+            training=self.uses_batch,
+            momentum=self.momentum(),
             eps=bn.eps,
             act=self.act,
         )
 
-    def _momentum(self) -> float | None:
-        if self.bn.running_mean is None:
+    def momentum(self) -> float | None:
+        """Of the next update of the running statistics, which is counted; None: they are not tracked."""
+        if not (self.training and self.track) or self.bn.running_mean is None:
             return None
         self.bn.num_batches_tracked += 1
         # momentum None is nn.BatchNorm's cumulative average.
@@ -72,15 +82,55 @@ class FrozenConv(nn.Module):
 
     def __init__(self, conv: _ConvNd, ops: ModuleType, fast: bool = False) -> None:
         super().__init__()
-        self.conv, self._ops, self._fast = conv, ops, fast and winograd.can_use(conv)
+        self.conv, self._ops, self.fast = conv, ops, fast and winograd.can_use(conv)
+
+    def tile(self, input: Tensor) -> int:
+        """Tile of ``winograd_conv`` for an input; `winograd.DIRECT` where another convolution serves it."""
+        return winograd.tile_of(self.conv, input) if self.fast else winograd.DIRECT
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
         c = self.conv
-        tile = winograd.tile_of(c, input) if self._fast else winograd.DIRECT
+        tile = self.tile(input)
         if tile != winograd.DIRECT:
             return self._ops.winograd_conv(input, c.weight, c.bias, c.padding, tile=tile)
         return self._ops.frozen_conv(
             input, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups
+        )
+
+
+class FusedConvNorm(nn.Module):
+    """A convolution and the norm that alone reads it: one operator where both of its halves would be fast ones.
+
+    Args:
+        conv: With ``fast`` set.
+        norm: What follows.
+        ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
+    """
+
+    def __init__(self, conv: FrozenConv, norm: FusedNorm, ops: ModuleType) -> None:
+        super().__init__()
+        self.layer, self.norm, self._ops = conv, norm, ops
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv, norm = self.layer.conv, self.norm
+        tile = self.layer.tile(input)
+        if tile == winograd.DIRECT or not norm.uses_batch:
+            return norm(self.layer(input), residual)
+        return self._ops.conv_bn_gate_act(
+            input,
+            conv.weight,
+            conv.bias,
+            norm.gate,
+            norm.bn.weight,
+            norm.bn.bias,
+            residual,
+            norm.bn.running_mean,
+            norm.bn.running_var,
+            padding=conv.padding,
+            tile=tile,
+            momentum=norm.momentum(),
+            eps=norm.bn.eps,
+            act=norm.act,
         )
 
 

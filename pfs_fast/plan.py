@@ -20,6 +20,7 @@ from .compaction import Compaction, preferred_multiple
 from .config import PRECISIONS, SearchConfig, compute_dtype
 from .cost import CostModel, count
 from .errors import BackendError, BudgetError, ConfigError
+from .fuse_convs import fuse_convs
 from .gated import GatedNetwork
 from .gates import GateBank, GateState
 from .groups import ChannelGroups
@@ -122,6 +123,7 @@ def prepare(
         fast_convs=config.winograd,
     )
     absorbing = absorbing_groups(network, groups, chosen_units(graph, groups))
+    fuse_convs(network.train_net, kernels)
     compaction = Compaction(network, bank, groups, sites, absorbing, preferred_multiple(device))
     watch = None
     if config.patience is not None:

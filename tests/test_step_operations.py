@@ -55,12 +55,15 @@ def operations(loop, images, labels) -> Operations:
 
 def convolutions(counted: Operations, direction: str) -> int:
     prefix = "_" if direction else ""
-    return sum(counted.all[f"{prefix}{op}{direction}"] for op in ("frozen_conv", "winograd_conv"))
+    names = ("frozen_conv", "winograd_conv", "conv_bn_gate_act")
+    return sum(counted.all[f"{prefix}{op}{direction}"] for op in names)
 
 
 def check(counted: Operations, precision: str) -> None:
     # ResNet-20: 19 convolutions and 2 on shortcuts, a batch norm after each.
-    assert convolutions(counted, "") == counted.all["bn_gate_act"] == 21
+    norms = counted.all["bn_gate_act"] + counted.all["conv_bn_gate_act"]
+    assert convolutions(counted, "") == norms == 21
+    assert (counted.all["conv_bn_gate_act"] > 0) == (precision == "fp32")
     # The stem has no gate and its input no gradient; the shortcuts of the first gates start there.
     assert convolutions(counted, "_backward") <= 20
     assert counted.all["gate_step_"] == 1
@@ -70,7 +73,7 @@ def check(counted: Operations, precision: str) -> None:
     # Activations: the operators, and the sum of the two gradients where a block's input branches.
     expected = {"frozen_conv", "bn_gate_act", "_frozen_conv_backward", "_bn_gate_act_backward", "add"}  # fmt: skip
     if precision == "fp32":
-        expected |= {"winograd_conv", "_winograd_conv_backward"}
+        expected |= {"conv_bn_gate_act", "_conv_bn_gate_act_backward"}
     assert set(counted.large) - {"detach", "expand", "div"} == expected
     assert counted.large["add"] <= 8
     # Besides, one accumulation into the flat gradient for each of 9 groups, a detached weight for each convolution, and the head.

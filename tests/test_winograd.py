@@ -196,7 +196,7 @@ def test_narrowed_network_uses_its_own_weights():
     fast = loop.network(images)
     torch.testing.assert_close(fast, before, rtol=1e-3, atol=1e-3)
     for module in convs:
-        module._fast = False
+        module.fast = False
     torch.testing.assert_close(loop.network(images), fast, rtol=1e-3, atol=1e-3)
 
 

@@ -24,21 +24,27 @@ constexpr int64_t kMinPeriod = 256;
 constexpr int64_t kShortPlane = 32;
 constexpr int64_t kMaxShortRow = 16 * 1024;
 
-inline Layout make_layout(const at::Tensor& x, int64_t tile) {
-  const int64_t channels = x.size(1);
-  Layout layout{x.numel(), channels, 1, 0, 0};
+// Memory is a sequence of pixels of all channels, or of samples.
+inline Layout make_rows_layout(const at::Tensor& x, int64_t tile, int64_t inner = 1) {
+  Layout layout{x.numel(), x.size(1), inner, 0, 0};
   if (layout.numel == 0) return layout;
-  if (x.is_contiguous() && channels > 1) {
-    layout.inner = x.numel() / (x.size(0) * channels);
-    const bool is_short = layout.inner < kShortPlane && channels * layout.inner <= kMaxShortRow;
-    if (layout.inner > 1 && !is_short) return layout;
-  }
   const int64_t step = std::max<int64_t>(tile, 8);
-  layout.unit = channels * layout.inner;
+  layout.unit = layout.channels * layout.inner;
   while (layout.unit % step != 0 || layout.unit < 2 * tile) layout.unit *= 2;
   layout.period = layout.unit;
   while (layout.period < kMinPeriod) layout.period *= 2;
   return layout;
+}
+
+inline Layout make_layout(const at::Tensor& x, int64_t tile) {
+  const int64_t channels = x.size(1);
+  int64_t inner = 1;
+  if (x.numel() > 0 && x.is_contiguous() && channels > 1) {
+    inner = x.numel() / (x.size(0) * channels);
+    const bool is_short = inner < kShortPlane && channels * inner <= kMaxShortRow;
+    if (inner > 1 && !is_short) return {x.numel(), channels, inner, 0, 0};
+  }
+  return make_rows_layout(x, tile, inner);
 }
 
 // One scratch buffer of doubles, aligned for vectors.

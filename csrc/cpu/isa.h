@@ -73,4 +73,10 @@ inline const Isa& chosen_isa() {
   return isa;
 }
 
+inline const WinogradKernels& winograd_kernels(const char* op, int64_t tile) {
+  TORCH_CHECK_VALUE(tile == 2 || tile == 4, op, ": tile must be 2 or 4, got ", tile,
+                    "; frozen_conv convolves directly");
+  return chosen_isa().winograd[tile / 2 - 1];
+}
+
 }  // namespace pfs::cpu

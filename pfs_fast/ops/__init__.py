@@ -1,5 +1,5 @@
 """The fused operators, usable alone: ``bn_gate_act``, ``frozen_conv``, ``winograd_conv``,
-``max_pool`` and ``gate_step_``.
+``conv_bn_gate_act``, ``max_pool`` and ``gate_step_``.
 
 Each has a twin of the same name and signature in :mod:`pfs_fast.ops.reference`, in plain PyTorch.
 The functions here run the compiled kernels and nothing else: without them the first call raises
@@ -15,7 +15,14 @@ from pfs_fast._library import require_ops
 from pfs_fast.ops import _registration as _registration
 from pfs_fast.ops.reference import update_running_stats as _update_running_stats
 
-__all__ = ["bn_gate_act", "frozen_conv", "gate_step_", "max_pool", "winograd_conv"]
+__all__ = [
+    "bn_gate_act",
+    "conv_bn_gate_act",
+    "frozen_conv",
+    "gate_step_",
+    "max_pool",
+    "winograd_conv",
+]
 
 
 def bn_gate_act(
@@ -226,6 +233,84 @@ def max_pool(
     require_ops()
     options = (kernel, kernel if stride is None else stride, padding)
     y, _ = torch.ops.pfs_fast.max_pool(x, *(_per_dimension(value, 2) for value in options))
+    return y
+
+
+def conv_bn_gate_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    padding: int | tuple[int, int] = 1,
+    tile: int = 4,
+    momentum: float | None = None,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """``bn_gate_act(winograd_conv(x, ...), ...)`` with the statistics of the batch, in one operator.
+
+    The statistics are added up while the convolution's output is in the cache, and the gradient of
+    that output is made block by block where the convolution's own gradient reads it: it never
+    exists as a whole. Keeps the convolution's output, the weights, and with a residual one bit per
+    value for relu and relu6. Differentiable once in ``x``, ``gate``, ``weight``, ``bias`` and
+    ``residual``.
+
+    Args:
+        x: Input. [N, C_in, H, W], float32, channels_last; other strides are copied first.
+        conv_weight: Kernel. [C, C_in, 3, 3], float32; without gradient.
+        conv_bias: Shift of the convolution, or None. [C], float32; without gradient.
+        gate: Channel gates. [C], float32. None is 1.
+        weight: Scale of the normalisation. [C], float32. None is 1.
+        bias: Shift of the normalisation. [C], float32. None is 0.
+        residual: Added before the activation. Shape of the result. None is 0.
+        running_mean: Moved towards the mean of the batch, in place, with momentum. [C], float32.
+        running_var: Likewise. [C], float32.
+        padding: Zeros added on each side, 0 to 2, one number or one per spatial dimension.
+        tile: As in ``winograd_conv``: 2 or 4.
+        momentum: As in ``bn_gate_act``.
+        eps: Added to the variance.
+        act: "identity", "relu", "relu6", "silu" or "hardswish".
+
+    Returns:
+        y. [N, C, H + 2 * padding - 2, W + 2 * padding - 2], channels_last.
+
+    Raises:
+        ValueError: A shape or an option does not fit; one value per channel.
+        TypeError: A tensor is not float32.
+        NotImplementedError: The tensors are not on the CPU.
+        BackendError: The compiled operators are missing.
+
+    Example:
+        >>> import torch
+        >>> from pfs_fast.ops import conv_bn_gate_act
+        >>> gate = torch.ones(24, requires_grad=True)
+        >>> y = conv_bn_gate_act(torch.randn(8, 16, 32, 32), torch.randn(24, 16, 3, 3), gate=gate)
+        >>> y.shape
+        torch.Size([8, 24, 32, 32])
+    """
+    require_ops()
+    y, _, mean, var, _ = torch.ops.pfs_fast.conv_bn_gate_act(
+        x,
+        conv_weight.detach(),
+        None if conv_bias is None else conv_bias.detach(),
+        gate,
+        weight,
+        bias,
+        residual,
+        _per_dimension(padding, 2),
+        tile,
+        eps,
+        act,
+    )
+    count = y.numel() // max(y.shape[1], 1)
+    if momentum is not None and count > 0:
+        _update_running_stats(running_mean, running_var, mean, var, count, momentum)
     return y
 
 

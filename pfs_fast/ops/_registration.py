@@ -144,6 +144,56 @@ def _winograd_conv_backward_fake(
     )
 
 
+def _conv_bn_gate_act_fake(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: Sequence[int],
+    tile: int,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    u = _winograd_conv_fake(x, conv_weight, conv_bias, padding, tile)
+    u = torch.empty_like(u, memory_format=torch.channels_last)
+    y, mean, var, aux = _bn_gate_act_fake(
+        u, gate, weight, bias, residual, None, None, True, eps, act
+    )
+    return y, u, mean, var, aux
+
+
+def _conv_bn_gate_act_backward_fake(
+    grad_y: Tensor,
+    u: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    conv_weight: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    aux: Tensor,
+    padding: Sequence[int],
+    tile: int,
+    eps: float,
+    act: str,
+    has_residual: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    last = {"memory_format": torch.channels_last}
+    grad_x, *per_channel, grad_residual = _bn_gate_act_backward_fake(
+        grad_y, u, mean, var, gate, weight, bias, aux, True, eps, act, has_residual, output_mask
+    )
+    if output_mask[0]:
+        grad_x = _winograd_conv_backward_fake(grad_y, conv_weight, padding, tile)
+        grad_x = torch.empty_like(grad_x, **last)
+    if output_mask[4]:
+        grad_residual = torch.empty_like(grad_residual, **last)
+    return grad_x, *per_channel, grad_residual
+
+
 def _pooled(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, ...]:
@@ -259,6 +309,34 @@ def _max_pool_backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor
     return (grad_x.contiguous(memory_format=ctx.input_format), *constants)
 
 
+def _conv_bn_gate_act_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, conv_weight, _, gate, weight, bias, residual, *options = inputs
+    _, u, mean, var, aux = output
+    ctx.mark_non_differentiable(u, mean, var, aux)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u, mean, var, conv_weight, gate, weight, bias, aux)
+    ctx.input_format = suggest_memory_format(x)
+    ctx.options = (*options, residual is not None)
+
+
+def _conv_bn_gate_act_backward(
+    ctx: Any, grad_y: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    none = (None,) * 11
+    if grad_y is None:
+        return none
+    u, mean, var, conv_weight, gate, weight, bias, aux = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], *needs[3:7]]
+    found = torch.ops.pfs_fast._conv_bn_gate_act_backward(
+        grad_y, u, mean, var, conv_weight, gate, weight, bias, aux, *ctx.options, wanted
+    )
+    grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
+    if grads[0] is not None:
+        grads[0] = grads[0].contiguous(memory_format=ctx.input_format)
+    return (grads[0], None, None, *grads[1:], *none[7:])
+
+
 def _refuse_double_backward(op: str) -> Any:
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
@@ -310,6 +388,16 @@ def _winograd_conv_autocast(device_type: str) -> Any:
     return run
 
 
+def _conv_bn_gate_act_autocast(device_type: str) -> Any:
+    def run(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        # float32 is all that it has.
+        full = (None if t is None else t.float() for t in args[:6])
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.pfs_fast.conv_bn_gate_act(x.float(), *full, *args[6:])
+
+    return run
+
+
 def _register() -> None:
     library = torch.library
     fakes = {
@@ -321,6 +409,8 @@ def _register() -> None:
         "_winograd_conv_backward": _winograd_conv_backward_fake,
         "max_pool": _max_pool_fake,
         "_max_pool_backward": _max_pool_backward_fake,
+        "conv_bn_gate_act": _conv_bn_gate_act_fake,
+        "_conv_bn_gate_act_backward": _conv_bn_gate_act_backward_fake,
         "gate_step_": _gate_step_fake,
     }
     for name, fake in fakes.items():
@@ -330,6 +420,8 @@ def _register() -> None:
         ("frozen_conv", _frozen_conv_backward, _frozen_conv_setup),
         ("winograd_conv", _winograd_conv_backward, _winograd_conv_setup),
         ("max_pool", _max_pool_backward, _max_pool_setup),
+        ("conv_bn_gate_act", _conv_bn_gate_act_backward, _conv_bn_gate_act_setup),
+        ("_conv_bn_gate_act_backward", _refuse_double_backward("conv_bn_gate_act"), None),
         ("_bn_gate_act_backward", _refuse_double_backward("bn_gate_act"), None),
         ("_frozen_conv_backward", _refuse_double_backward("frozen_conv"), None),
         ("_winograd_conv_backward", _refuse_double_backward("winograd_conv"), None),
@@ -340,6 +432,7 @@ def _register() -> None:
         _IMPL.impl("bn_gate_act", _bn_gate_act_autocast(device_type), key)
         _IMPL.impl("frozen_conv", _frozen_conv_autocast(device_type), key)
         _IMPL.impl("winograd_conv", _winograd_conv_autocast(device_type), key)
+        _IMPL.impl("conv_bn_gate_act", _conv_bn_gate_act_autocast(device_type), key)
 
 
 if _IMPL is not None:

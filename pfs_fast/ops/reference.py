@@ -146,6 +146,29 @@ def max_pool(
     return F.max_pool2d(x, kernel, stride, padding)
 
 
+def conv_bn_gate_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    padding: int | tuple[int, int] = 1,
+    tile: int = 4,
+    momentum: float | None = None,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """The convolution and what follows it, one after the other; see :func:`pfs_fast.ops.conv_bn_gate_act`."""
+    u = winograd_conv(x, conv_weight, conv_bias, padding, tile=tile)
+    options = {"training": True, "momentum": momentum, "eps": eps, "act": act}
+    return bn_gate_act(u, gate, weight, bias, residual, running_mean, running_var, **options)
+
+
 @torch.no_grad()
 def gate_step_(
     gates: Tensor,

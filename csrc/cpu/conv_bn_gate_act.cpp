@@ -1,0 +1,232 @@
+// winograd_conv and bn_gate_act in one operator: the statistics are made of the convolution's output
+// while it is in the cache, and the gradient of that output exists in the cache alone, block by block,
+// where the convolution's own gradient reads it.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <vector>
+
+#include "../checks.h"
+#include "../pfs_ops.h"
+#include "bn_gate_act_parts.h"
+#include "isa.h"
+#include "kept_memory.h"
+#include "winograd_pass.h"
+
+namespace pfs {
+namespace {
+
+using cpu::Layout;
+using cpu::Lines;
+using cpu::NormBackward;
+using cpu::RowBlocks;
+using cpu::WinogradPass;
+
+constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+
+const float* data_of(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<float>() : nullptr;
+}
+
+// Adds up the lines of u that a block has written.
+class StatisticsWorker {
+ public:
+  StatisticsWorker(const WinogradPass& pass, const RowBlocks& blocks, const Layout& layout,
+                   const cpu::DtypeKernels& kernels, cpu::Partials& partials)
+      : pass_(pass), blocks_(blocks), layout_(layout), kernels_(kernels), partials_(partials),
+        scratch_(6 * layout.unit) {}
+
+  const float* input(int64_t) const { return pass_.x; }
+  void done(int64_t block) {
+    const Lines lines = blocks_.written(block);
+    const int64_t line = pass_.shape.out_width * layout_.channels;
+    kernels_.stats_rows(layout_, pass_.y, lines.first * line, lines.last * line,
+                        partials_.first.data() + block * layout_.channels,
+                        partials_.second.data() + block * layout_.channels, scratch_.get());
+  }
+
+ private:
+  const WinogradPass& pass_;
+  const RowBlocks& blocks_;
+  const Layout& layout_;
+  const cpu::DtypeKernels& kernels_;
+  cpu::Partials& partials_;
+  cpu::Scratch scratch_;
+};
+
+// Convolves, and returns the moments of the output.
+cpu::Moments convolve(const WinogradPass& pass, const Layout& layout,
+                      const cpu::DtypeKernels& kernels) {
+  if (cpu::is_empty(pass)) {
+    const cpu::Channels zeros(layout.channels, 0.0);
+    return {zeros, zeros};
+  }
+  if (!cpu::runs_by_tiles(pass)) {
+    cpu::run_winograd(pass);
+    return cpu::batch_moments(kernels, layout, pass.y);
+  }
+  const RowBlocks blocks(pass);
+  const size_t values = blocks.count() * layout.channels;
+  cpu::Partials partials{std::vector<double>(values), std::vector<double>(values)};
+  cpu::run_by_rows(pass, blocks, [&] {
+    return StatisticsWorker(pass, blocks, layout, kernels, partials);
+  });
+  std::vector<int64_t> counts;
+  for (int64_t block = 0; block < blocks.count(); ++block) {
+    const Lines lines = blocks.written(block);
+    counts.push_back((lines.last - lines.first) * pass.shape.out_width);
+  }
+  return cpu::merge_moments(partials, counts, layout.channels);
+}
+
+// Makes the gradient of u for the lines that a block reads.
+class GradientWorker {
+ public:
+  GradientWorker(const NormBackward& norm, const WinogradPass& pass, const RowBlocks& blocks,
+                 float* grad_residual)
+      : norm_(norm), blocks_(blocks), line_(pass.shape.width * pass.shape.in_channels),
+        grad_residual_(grad_residual) {
+    int64_t most = 0;
+    for (int64_t block = 0; block < blocks.count(); ++block) {
+      const Lines lines = made(block);
+      most = std::max(most, lines.last - lines.first);
+    }
+    memory_ = std::make_unique<cpu::WinogradBuffer>(most * line_);
+  }
+
+  const float* input(int64_t block) {
+    const Lines all = made(block), own = blocks_.own(block);
+    // Where line 0 would be, were it there.
+    const auto address = reinterpret_cast<uintptr_t>(memory_->get()) -
+                         static_cast<uintptr_t>(all.first * line_) * sizeof(float);
+    auto* grad_u = reinterpret_cast<float*>(address);
+    if (grad_residual_ == nullptr) {
+      make(all, grad_u, nullptr);
+    } else {
+      make({all.first, own.first}, grad_u, nullptr);
+      make(own, grad_u, grad_residual_);
+      make({own.last, all.last}, grad_u, nullptr);
+    }
+    return grad_u;
+  }
+  void done(int64_t) const {}
+
+ private:
+  Lines made(int64_t block) const {
+    const Lines read = blocks_.read(block), own = blocks_.own(block);
+    return {std::min(read.first, own.first), std::max(read.last, own.last)};
+  }
+  void make(const Lines& lines, float* grad_u, float* grad_residual) const {
+    if (lines.first < lines.last) {
+      norm_.apply(lines.first * line_, lines.last * line_, grad_u, grad_residual);
+    }
+  }
+
+  const NormBackward& norm_;
+  const RowBlocks& blocks_;
+  const int64_t line_;
+  float* grad_residual_;
+  std::unique_ptr<cpu::WinogradBuffer> memory_;
+};
+
+}  // namespace
+
+ConvBnGateActOutputs conv_bn_gate_act_cpu(
+    const at::Tensor& x_in, const at::Tensor& conv_weight, const OptionalTensor& conv_bias,
+    const OptionalTensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, at::IntArrayRef padding, int64_t tile, double eps,
+    std::string_view act) {
+  constexpr const char* op = "conv_bn_gate_act";
+  checks::check_winograd_input(op, x_in, conv_weight, conv_bias, padding);
+  const cpu::WinogradKernels& winograd = cpu::winograd_kernels(op, tile);
+  const at::Tensor x = x_in.contiguous(kLast), dense_weight = conv_weight.contiguous(kLast);
+  at::Tensor dense_bias;
+  if (checks::is_present(conv_bias)) dense_bias = conv_bias->contiguous();
+  const cpu::WinogradShape shape =
+      cpu::winograd_shape(winograd, x.size(0), x.size(1), x.size(2), x.size(3),
+                          conv_weight.size(0), padding[0], padding[1], /*reversed=*/false);
+  const at::Tensor u = cpu::empty(
+      {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, at::kFloat, kLast);
+  checks::check_bn_gate_act(u, gate, weight, bias, residual, std::nullopt, std::nullopt,
+                            /*training=*/true, eps, act);
+  const cpu::DtypeKernels& kernels = cpu::norm_kernels(at::kFloat);
+  const WinogradPass pass{winograd,           shape,
+                          data_of(x),         data_of(dense_weight),
+                          data_of(dense_bias), u.mutable_data_ptr<float>()};
+  const cpu::Moments moments = convolve(pass, cpu::make_rows_layout(u, kernels.tile), kernels);
+  const at::Tensor mean = cpu::write_channels(moments.mean, u.options());
+  const at::Tensor var = cpu::write_channels(moments.var, u.options());
+  auto [y, mean_used, var_used, aux] =
+      bn_gate_act_cpu(u, gate, weight, bias, residual, mean, var, /*training=*/false, eps, act);
+  return {y, u, mean, var, aux};
+}
+
+BnGateActGrads conv_bn_gate_act_backward_cpu(
+    const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& mean, const at::Tensor& var,
+    const at::Tensor& conv_weight, const OptionalTensor& gate, const OptionalTensor& weight,
+    const OptionalTensor& bias, const at::Tensor& aux, at::IntArrayRef padding, int64_t tile,
+    double eps, std::string_view act_name, bool has_residual, std::array<bool, 5> output_mask) {
+  constexpr const char* op = "_conv_bn_gate_act_backward";
+  checks::check_winograd_gradient(op, grad_y, conv_weight, padding);
+  TORCH_CHECK_VALUE(u.dim() == 4 && u.is_contiguous(kLast), op,
+                    ": u must be dense in channels_last, got strides ", u.strides(),
+                    "; pass what conv_bn_gate_act returned");
+  const Act act = checks::check_bn_gate_act_backward(grad_y, u, mean, var, gate, weight, bias, aux,
+                                                     act_name, has_residual);
+  const cpu::WinogradKernels& winograd = cpu::winograd_kernels(op, tile);
+  const auto [wants_x, wants_gate, wants_weight, wants_bias, wants_residual] = output_mask;
+  const bool sums = wants_x || wants_gate || wants_weight || wants_bias;
+  const NormBackward norm(grad_y.contiguous(kLast), u, mean, var, gate, weight, bias,
+                          aux_kind(act, has_residual) == AuxKind::kPreAct ? aux.contiguous(kLast)
+                                                                          : aux,
+                          act, has_residual, /*training=*/true, eps, sums, /*by_rows=*/true);
+
+  const at::Tensor nothing = at::empty({0}, u.options());
+  at::Tensor grad_x = nothing, grad_residual = nothing;
+  if (wants_residual) grad_residual = cpu::empty(u.sizes(), at::kFloat, kLast);
+  float* to_residual = wants_residual ? grad_residual.mutable_data_ptr<float>() : nullptr;
+  const auto all_at_once = [&](float* grad_u) {
+    if (u.numel() == 0) return;
+    cpu::for_each_chunk_backwards(norm.layout(), [&](int64_t begin, int64_t end) {
+      norm.apply(begin, end, grad_u, to_residual);
+    });
+  };
+  if (wants_x) {
+    const at::Tensor dense_weight = conv_weight.contiguous(kLast);
+    const cpu::WinogradShape shape = cpu::winograd_shape(
+        winograd, u.size(0), u.size(1), u.size(2), u.size(3), conv_weight.size(1), 2 - padding[0],
+        2 - padding[1], /*reversed=*/true);
+    grad_x = cpu::empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
+                        at::kFloat, kLast);
+    WinogradPass pass{winograd, shape,   nullptr, data_of(dense_weight),
+                      nullptr,  grad_x.mutable_data_ptr<float>()};
+    if (cpu::is_empty(pass)) {
+      all_at_once(nullptr);
+    } else if (cpu::runs_by_tiles(pass) && u.numel() > 0) {
+      const RowBlocks blocks(pass);
+      cpu::run_by_rows(pass, blocks,
+                       [&] { return GradientWorker(norm, pass, blocks, to_residual); });
+    } else {
+      const at::Tensor grad_u = cpu::empty(u.sizes(), at::kFloat, kLast);
+      all_at_once(grad_u.mutable_data_ptr<float>());
+      pass.x = data_of(grad_u);
+      cpu::run_winograd(pass);
+    }
+  } else if (wants_residual) {
+    all_at_once(nullptr);
+  }
+  const at::Tensor no_channels = at::empty({0}, u.options());
+  return {grad_x,
+          wants_gate ? cpu::write_channels(norm.grad_gate(), u.options()) : no_channels,
+          wants_weight ? cpu::write_channels(norm.grad_weight(), u.options()) : no_channels,
+          wants_bias ? cpu::write_channels(norm.grad_bias(), u.options()) : no_channels,
+          grad_residual};
+}
+
+}  // namespace pfs
+
+TORCH_LIBRARY_IMPL(pfs_fast, CPU, m) {
+  m.impl("conv_bn_gate_act", &pfs::conv_bn_gate_act_cpu);
+  m.impl("_conv_bn_gate_act_backward", &pfs::conv_bn_gate_act_backward_cpu);
+}
