@@ -98,9 +98,8 @@ BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::T
   const NormBackward backward(grad_y_in.contiguous(format), x, mean, var, gate, weight, bias, aux,
                               act, has_residual, training, eps, sums);
 
-  const at::Tensor nothing = at::empty({0}, x.options());
-  const at::Tensor grad_x = wants_x ? empty_like(x) : nothing;
-  const at::Tensor grad_residual = wants_residual ? empty_like(x) : nothing;
+  const at::Tensor grad_x = wants_x ? empty_like(x) : at::empty({0}, x.options());
+  const at::Tensor grad_residual = wants_residual ? empty_like(x) : at::empty({0}, x.options());
   if (x.numel() > 0 && (wants_x || wants_residual)) {
     void* to_x = wants_x ? grad_x.mutable_data_ptr() : nullptr;
     void* to_residual = wants_residual ? grad_residual.mutable_data_ptr() : nullptr;
@@ -108,11 +107,13 @@ BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::T
       backward.apply(begin, end, to_x, to_residual);
     });
   }
-  const at::TensorOptions acc = x.options().dtype(checks::acc_type(x));
-  const at::Tensor no_channels = at::empty({0}, acc);
-  return {grad_x, wants_gate ? write_channels(backward.grad_gate(), acc) : no_channels,
-          wants_weight ? write_channels(backward.grad_weight(), acc) : no_channels,
-          wants_bias ? write_channels(backward.grad_bias(), acc) : no_channels, grad_residual};
+  const auto wanted = [&](bool wants, const Channels& values) {
+    const at::TensorOptions acc = x.options().dtype(checks::acc_type(x));
+    return wants ? write_channels(values, acc) : at::empty({0}, acc);
+  };
+  return {grad_x, wanted(wants_gate, backward.grad_gate()),
+          wanted(wants_weight, backward.grad_weight()), wanted(wants_bias, backward.grad_bias()),
+          grad_residual};
 }
 
 }  // namespace pfs

@@ -182,8 +182,7 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
                                                                           : aux,
                           act, has_residual, /*training=*/true, eps, sums, /*by_rows=*/true);
 
-  const at::Tensor nothing = at::empty({0}, u.options());
-  at::Tensor grad_x = nothing, grad_residual = nothing;
+  at::Tensor grad_x = at::empty({0}, u.options()), grad_residual = at::empty({0}, u.options());
   if (wants_residual) grad_residual = cpu::empty(u.sizes(), at::kFloat, kLast);
   float* to_residual = wants_residual ? grad_residual.mutable_data_ptr<float>() : nullptr;
   const auto all_at_once = [&](float* grad_u) {
@@ -216,12 +215,11 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
   } else if (wants_residual) {
     all_at_once(nullptr);
   }
-  const at::Tensor no_channels = at::empty({0}, u.options());
-  return {grad_x,
-          wants_gate ? cpu::write_channels(norm.grad_gate(), u.options()) : no_channels,
-          wants_weight ? cpu::write_channels(norm.grad_weight(), u.options()) : no_channels,
-          wants_bias ? cpu::write_channels(norm.grad_bias(), u.options()) : no_channels,
-          grad_residual};
+  const auto wanted = [&](bool wants, const cpu::Channels& values) {
+    return wants ? cpu::write_channels(values, u.options()) : at::empty({0}, u.options());
+  };
+  return {grad_x, wanted(wants_gate, norm.grad_gate()), wanted(wants_weight, norm.grad_weight()),
+          wanted(wants_bias, norm.grad_bias()), grad_residual};
 }
 
 }  // namespace pfs

@@ -192,12 +192,13 @@ def test_opcheck(shape, with_residual, act):
     plain = {k: None if t is None else t.detach() for k, t in tensors.items()}
     y, u, mean, var, aux = library.conv_bn_gate_act(*arguments(plain, shape, act=act))
     saved = (torch.randn_like(y), u, mean, var, plain["conv_weight"], plain["gate"])
-    options = (list(shape[5]), 2, 1e-5, act, with_residual, [True] * 4 + [with_residual])
-    torch.library.opcheck(
-        library._conv_bn_gate_act_backward,
-        (*saved, plain["weight"], plain["bias"], aux, *options),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    for wanted in ([True] * 4 + [with_residual], [False] * 5, [False, True, False, False, False]):
+        options = (list(shape[5]), 2, 1e-5, act, with_residual, wanted)
+        torch.library.opcheck(
+            library._conv_bn_gate_act_backward,
+            (*saved, plain["weight"], plain["bias"], aux, *options),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def test_compiles_whole():
