@@ -45,6 +45,19 @@ for c_in, c_out, size in ((3, 5, 7), (17, 20, 9), (40, 33, 4), (300, 352, 3)):
         y = ops.winograd_conv(x, weight, torch.randn(c_out), tile=tile)
         grad = torch.ops.pfs_fast._winograd_conv_backward(torch.randn_like(y), weight, [1, 1], tile)
         results.append({"y": y, "grad_x": grad})
+for c_in, c_out, kernel, stride in ((3, 20, 3, 1), (17, 9, 3, 2), (40, 33, 1, 2), (5, 70, 2, 3)):
+    torch.manual_seed(5)
+    x = torch.randn(3, c_in, 9, 10).contiguous(memory_format=torch.channels_last)
+    weight, options = torch.randn(c_out, c_in, kernel, kernel), ([stride] * 2, [0, 0], [1, 1], 1)
+    y = torch.ops.pfs_fast.frozen_conv(x, weight, None, *options)
+    grad = torch.ops.pfs_fast._frozen_conv_backward(torch.randn_like(y), weight, x.shape, *options)
+    results.append({"y": y, "grad_x": grad})
+for channels in (3, 17, 80):
+    torch.manual_seed(6)
+    x, weight = torch.randn(3, 20, 9, 10, requires_grad=True), torch.randn(channels, 20, 3, 3)
+    y = ops.conv_bn_gate_act(x, weight, residual=torch.randn(3, channels, 9, 10), act="silu")
+    (grad,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    results.append({"y": y.detach(), "grad_x": grad})
 for channels in (3, 17, 80):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         torch.manual_seed(4)
@@ -132,7 +145,9 @@ def symbols(path: Path) -> tuple[set[str], set[str]]:
     return weak, {row[-1] for row in rows}
 
 
-@pytest.mark.parametrize("kernel", ["bn_gate_act_kernel", "winograd_kernel", "max_pool_kernel"])
+@pytest.mark.parametrize(
+    "kernel", ["bn_gate_act_kernel", "gemm_kernel", "winograd_kernel", "max_pool_kernel"]
+)
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_object_file_shares_no_symbol_with_other_files(isa, kernel):
     """Of two equal inline functions the linker keeps one: if that is the AVX512 one, others crash."""
