@@ -19,7 +19,16 @@ from . import rules
 from .analysis import ChannelGraph
 from .errors import ModelError
 from .functional import is_same_padded
-from .gated_layers import FrozenConv, FusedNorm, GatedOutput, MaxPool, can_pool, pool_of_call
+from .gated_layers import (
+    FrozenConv,
+    FusedNorm,
+    GatedOutput,
+    GlobalPool,
+    MaxPool,
+    can_pool,
+    is_global_pool,
+    pool_of_call,
+)
 from .gates import GateBank
 from .narrow import NORMS
 from .shapes import memories
@@ -106,6 +115,8 @@ class _Builder:
                 self._freeze(node, module)
             elif can_pool(module):
                 node.target = self._add("pool", node.target, MaxPool(module, self._ops))
+            elif is_global_pool(module):
+                node.target = self._add("pool", node.target, GlobalPool(module))
         constants = {
             n.target: _attribute(graph_module, n.target) for n in graph.nodes if n.op == "get_attr"
         }

@@ -1,4 +1,4 @@
-"""The layers that a gated network puts in the place of a model's: fused norms, frozen convolutions, gated outputs, max pools."""
+"""The layers that a gated network puts in the place of a model's: fused norms, frozen convolutions, gated outputs, pools."""
 
 from __future__ import annotations
 
@@ -165,6 +165,28 @@ class MaxPool(nn.Module):
         if input.dim() != 4 or input.dtype not in _POOL_DTYPES.get(input.device.type, ()):
             return pool(input)  # without a batch dimension, or of numbers that the operator has not
         return self._ops.max_pool(input, pool.kernel_size, pool.stride, pool.padding)
+
+
+class GlobalPool(nn.Module):
+    """``nn.AdaptiveAvgPool2d(1)`` whose gradient stays one value a channel until it is used.
+
+    PyTorch's writes it to every pixel first, in NCHW, and the layer before lays it out again: two tensors at the turn from forward to
+    backward, where most memory is in use.
+    """
+
+    def __init__(self, pool: nn.AdaptiveAvgPool2d) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
+        if input.dim() != 4 or input.dtype not in (torch.float32, torch.float64):
+            return self.pool(input)  # in fewer bits the quotient would be rounded twice
+        return input.sum((2, 3), keepdim=True) / (input.shape[2] * input.shape[3])
+
+
+def is_global_pool(module: nn.Module) -> bool:
+    """A plain ``nn.AdaptiveAvgPool2d`` to one value a channel."""
+    return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1), [1, 1])
 
 
 def can_pool(module: nn.Module) -> bool:

@@ -9,8 +9,9 @@ from small_nets import Net, cbr, head
 from test_gated import BACKENDS, assert_same, gate, needs_ops, saved_maps, shaken
 from torch import nn
 
+import pfs_fast as pfs
 from pfs_fast import ops
-from pfs_fast.gated_layers import MaxPool, can_pool
+from pfs_fast.gated_layers import GlobalPool, MaxPool, can_pool, is_global_pool
 from pfs_fast.ops import reference
 
 X = (3, 3, 12, 12)
@@ -122,3 +123,57 @@ def test_pool_keeps_a_byte_for_each_output():
     plain = saved_maps(lambda: MaxPool(nn.MaxPool2d(2), reference)(x), set())
     assert sum(fused.values()) == x.numel() // 4
     assert sum(plain.values()) == x.numel() * 4 + x.numel() // 4 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(3, 5, 7, 6), (2, 8, 8, 8), (2, 4, 1, 1)], ids=str)
+def test_global_pool_is_the_mean(size, layout, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(size).to(dtype).contiguous(memory_format=layout)
+    pool, results = nn.AdaptiveAvgPool2d(1), []
+    for layer in (pool, GlobalPool(pool)):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        (y * torch.arange(1, size[1] + 1).view(1, -1, 1, 1)).sum().backward()
+        results.append((y.detach(), leaf.grad))
+    assert results[0][0].shape == results[1][0].shape
+    assert all(map(torch.equal, *results))
+
+
+def test_gradient_of_the_global_pool_is_not_written_out():
+    x = torch.randn(3, 5, 7, 6, requires_grad=True)
+    y = GlobalPool(nn.AdaptiveAvgPool2d(1))(x)
+    (grad,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert grad.stride()[2:] == (0, 0)
+
+
+def test_global_pool_without_a_batch_is_pytorchs():
+    x = torch.randn(5, 7, 6)
+    pool = nn.AdaptiveAvgPool2d(1)
+    assert torch.equal(GlobalPool(pool)(x), pool(x))
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        (nn.AdaptiveAvgPool2d(1), True),
+        (nn.AdaptiveAvgPool2d((1, 1)), True),
+        (nn.AdaptiveAvgPool2d((1, None)), False),
+        (nn.AdaptiveAvgPool2d(2), False),
+        (nn.AdaptiveMaxPool2d(1), False),
+        (nn.AvgPool2d(1), False),
+    ],
+    ids=str,
+)
+def test_which_pools_are_global(pool, expected):
+    assert is_global_pool(pool) == expected
+
+
+def test_global_pools_of_a_network_are_replaced():
+    model = pfs.models.resnet20(4).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    network, _ = gate(model, x)
+    assert sum(isinstance(m, GlobalPool) for m in network.modules()) == 1
+    network.eval(), model.eval()
+    assert_same(network(x), model(x))
