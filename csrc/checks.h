@@ -87,8 +87,7 @@ inline Act check_bn_gate_act(const at::Tensor& x, const std::optional<at::Tensor
                              const std::optional<at::Tensor>& residual,
                              const std::optional<at::Tensor>& running_mean,
                              const std::optional<at::Tensor>& running_var, bool training,
-                             double eps, std::string_view act) {
-  constexpr const char* op = "bn_gate_act";
+                             double eps, std::string_view act, const char* op = "bn_gate_act") {
   check_x(op, x);
   check_per_channel(op, "gate", gate, x);
   check_per_channel(op, "weight", weight, x);
@@ -119,8 +118,8 @@ inline Act check_bn_gate_act_backward(const at::Tensor& grad_y, const at::Tensor
                                       const std::optional<at::Tensor>& gate,
                                       const std::optional<at::Tensor>& weight,
                                       const std::optional<at::Tensor>& bias, const at::Tensor& aux,
-                                      std::string_view act, bool has_residual) {
-  constexpr const char* op = "_bn_gate_act_backward";
+                                      std::string_view act, bool has_residual,
+                                      const char* op = "_bn_gate_act_backward") {
   check_x(op, x);
   check_like_x(op, "grad_y", grad_y, x);
   check_per_channel(op, "mean", mean, x);
@@ -155,8 +154,9 @@ inline void check_winograd_image(const char* op, const char* name, const at::Ten
                    t.scalar_type(), "; use frozen_conv for other dtypes");
 }
 
-inline void check_winograd_weight(const char* op, const at::Tensor& weight, const char* x_name, const at::Tensor& x,
-                  int64_t channel_dim, at::IntArrayRef padding) {
+inline void check_winograd_weight(const char* op, const at::Tensor& weight, const char* x_name,
+                                  const at::Tensor& x, int64_t channel_dim,
+                                  at::IntArrayRef padding) {
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
                     ": weight must have shape [C_out, C_in, 3, 3], got ", weight.sizes(),
                     "; use frozen_conv for other kernels");

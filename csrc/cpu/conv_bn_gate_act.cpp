@@ -149,7 +149,7 @@ ConvBnGateActOutputs conv_bn_gate_act_cpu(
   const at::Tensor u = cpu::empty(
       {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, at::kFloat, kLast);
   checks::check_bn_gate_act(u, gate, weight, bias, residual, std::nullopt, std::nullopt,
-                            /*training=*/true, eps, act);
+                            /*training=*/true, eps, act, op);
   const cpu::DtypeKernels& kernels = cpu::norm_kernels(at::kFloat);
   const WinogradPass pass{winograd,           shape,
                           data_of(x),         data_of(dense_weight),
@@ -173,7 +173,7 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
                     ": u must be dense in channels_last, got strides ", u.strides(),
                     "; pass what conv_bn_gate_act returned");
   const Act act = checks::check_bn_gate_act_backward(grad_y, u, mean, var, gate, weight, bias, aux,
-                                                     act_name, has_residual);
+                                                     act_name, has_residual, op);
   const cpu::WinogradKernels& winograd = cpu::winograd_kernels(op, tile);
   const auto [wants_x, wants_gate, wants_weight, wants_bias, wants_residual] = output_mask;
   const bool sums = wants_x || wants_gate || wants_weight || wants_bias;

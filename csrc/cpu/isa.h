@@ -53,16 +53,16 @@ inline Isa choose_isa() {
   }
   const std::string_view name = forced;
   TORCH_CHECK_VALUE(name == "avx512" || name == "avx2" || name == "baseline",
-                    "bn_gate_act: PFS_FAST_CPU_ISA must be one of baseline, avx2, avx512, got \"",
+                    "pfs_fast.ops: PFS_FAST_CPU_ISA must be one of baseline, avx2, avx512, got \"",
                     forced, "\"; unset it to use the best that this processor has");
   const Isa isa = find_isa(name);
   TORCH_CHECK_VALUE(
       isa.kernels != nullptr,
-      "bn_gate_act: PFS_FAST_CPU_ISA must name an instruction set of this build, got \"", forced,
+      "pfs_fast.ops: PFS_FAST_CPU_ISA must name an instruction set of this build, got \"", forced,
       "\"; unset it");
   TORCH_CHECK_VALUE(
       isa.runs_here,
-      "bn_gate_act: PFS_FAST_CPU_ISA must name an instruction set that this processor has, got \"",
+      "pfs_fast.ops: PFS_FAST_CPU_ISA must name an instruction set that this processor has, got \"",
       forced, "\"; unset it or choose a lower one");
   return isa;
 }

@@ -28,8 +28,8 @@ at::Tensor convolve(const WinogradKernels& kernels, const at::Tensor& x_in,
   const at::Tensor y =
       cpu::empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width}, at::kFloat,
                  at::MemoryFormat::ChannelsLast);
-  cpu::run_winograd({kernels, shape, x.const_data_ptr<float>(), weight.const_data_ptr<float>(), bias,
-       y.mutable_data_ptr<float>()});
+  cpu::run_winograd({kernels, shape, x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+                     bias, y.mutable_data_ptr<float>()});
   return y.contiguous(x_in.suggest_memory_format());
 }
 
@@ -50,8 +50,8 @@ at::Tensor winograd_conv_backward(const at::Tensor& grad_y, const at::Tensor& we
                                   at::IntArrayRef padding, int64_t tile) {
   constexpr const char* op = "_winograd_conv_backward";
   checks::check_winograd_gradient(op, grad_y, weight, padding);
-  return convolve(cpu::winograd_kernels(op, tile), grad_y, weight, nullptr, 2 - padding[0], 2 - padding[1],
-                  /*reversed=*/true);
+  return convolve(cpu::winograd_kernels(op, tile), grad_y, weight, nullptr, 2 - padding[0],
+                  2 - padding[1], /*reversed=*/true);
 }
 
 }  // namespace pfs

@@ -8,6 +8,7 @@
 
 // clang-format off: the emulation comes first, it replaces what the kernels would include.
 #include "cuda_emulation.h"
+#include "expect.h"
 #include "../../csrc/cuda/bn_gate_act_backward.cuh"
 // clang-format on
 
@@ -15,14 +16,6 @@ namespace {
 
 using namespace pfs;
 using namespace pfs::cuda;
-
-int num_failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++num_failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 std::string describe(const Shape& s) {
   return (s.layout == Layout::kRows ? "rows " : "planes ") + std::to_string(s.outer) + " x " +

@@ -9,6 +9,7 @@
 
 // clang-format off: the emulation comes first, it replaces what the kernels would include.
 #include "cuda_emulation.h"
+#include "expect.h"
 #include "../../csrc/cuda/max_pool.cuh"
 // clang-format on
 
@@ -16,14 +17,6 @@ namespace {
 
 using namespace pfs;
 using namespace pfs::cuda;
-
-int num_failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++num_failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 PoolShape make_shape(int64_t batch, int64_t channels, int64_t height, int64_t width,
                      int64_t kernel_y, int64_t kernel_x, int64_t stride_y, int64_t stride_x,

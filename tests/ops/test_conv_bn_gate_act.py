@@ -252,7 +252,7 @@ ERRORS = {
 def test_refuses(name):
     change, error, message = ERRORS[name]
     options = {"x": torch.ones(2, 16, 8, 8), "conv_weight": torch.ones(16, 16, 3, 3), **change}
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"conv_bn_gate_act: {message}"):
         ops.conv_bn_gate_act(**options)
 
 
@@ -263,5 +263,7 @@ def test_backward_refuses_what_forward_did_not_give():
     rest = (tensors["conv_weight"], None, None, None, aux, [1, 1], 2, 1e-5, "relu", False)
     with pytest.raises(ValueError, match="u must be dense in channels_last"):
         library._conv_bn_gate_act_backward(y, u.contiguous(), mean, var, *rest, [True] * 5)
-    with pytest.raises(ValueError, match="grad_y must have the shape of x"):
+    with pytest.raises(
+        ValueError, match="_conv_bn_gate_act_backward: grad_y must have the shape of x"
+    ):
         library._conv_bn_gate_act_backward(y[:1], u, mean, var, *rest, [True] * 5)
