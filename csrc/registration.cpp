@@ -1,5 +1,6 @@
-// All schemas on one page. Each kernel file ends with the TORCH_LIBRARY_IMPL block of its backend;
-// fake kernels, autograd and autocast are registered in Python (pfs_fast/ops/_registration.py).
+// All schemas on one page. Each kernel file ends with the TORCH_LIBRARY_IMPL block of its backend,
+// autograd.cpp with that of the gradients; fake kernels and autocast are registered in Python
+// (pfs_fast/ops/_registration.py).
 #include <torch/library.h>
 
 TORCH_LIBRARY(pfs_fast, m) {

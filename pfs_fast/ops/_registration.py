@@ -1,4 +1,4 @@
-"""Fake kernels, autograd and autocast of the operators; schemas and kernels are registered in C++
+"""Fake kernels and autocast of the operators; schemas, kernels and gradients are registered in C++
 (csrc/).
 
 Where the compiled library is missing there are no schemas, and nothing is registered.
@@ -229,124 +229,6 @@ def _gate_step_fake(*args: Any) -> None:
     return None
 
 
-# --- autograd: keep only what a gradient needs; refuse a second derivative by name ----------------
-
-
-def _bn_gate_act_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, gate, weight, bias, residual, _, _, training, eps, act = inputs
-    _, mean, var, aux = output
-    ctx.mark_non_differentiable(mean, var, aux)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mean, var, gate, weight, bias, aux)
-    ctx.options = (training, eps, act, residual is not None)
-
-
-def _bn_gate_act_backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    constants = (None,) * 5
-    if grad_y is None:
-        return (None,) * 5 + constants
-    x, mean, var, gate, weight, bias, aux = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:5])
-    grads = torch.ops.pfs_fast._bn_gate_act_backward(
-        grad_y, x, mean, var, gate, weight, bias, aux, *ctx.options, wanted
-    )
-    wanted_grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-    return (*wanted_grads, *constants)
-
-
-def _frozen_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, stride, padding, dilation, groups = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(weight)
-    ctx.input_size = x.shape
-    ctx.input_format = suggest_memory_format(x)
-    ctx.options = (stride, padding, dilation, groups)
-
-
-def _frozen_conv_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-    constants = (None,) * 6
-    if grad_y is None or not ctx.needs_input_grad[0]:
-        return (None, *constants)
-    (weight,) = ctx.saved_tensors
-    grad_x = torch.ops.pfs_fast._frozen_conv_backward(grad_y, weight, ctx.input_size, *ctx.options)
-    return (grad_x.contiguous(memory_format=ctx.input_format), *constants)
-
-
-def _winograd_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, padding, tile = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(weight)
-    ctx.input_format = suggest_memory_format(x)
-    ctx.options = (padding, tile)
-
-
-def _winograd_conv_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-    constants = (None,) * 4
-    if grad_y is None or not ctx.needs_input_grad[0]:
-        return (None, *constants)
-    (weight,) = ctx.saved_tensors
-    grad_x = torch.ops.pfs_fast._winograd_conv_backward(grad_y, weight, *ctx.options)
-    return (grad_x.contiguous(memory_format=ctx.input_format), *constants)
-
-
-def _max_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *options = inputs
-    _, offsets = output
-    ctx.mark_non_differentiable(offsets)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(offsets)
-    ctx.input_size = x.shape
-    ctx.input_format = suggest_memory_format(x)
-    ctx.options = options
-
-
-def _max_pool_backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    constants = (None,) * 3
-    if grad_y is None:
-        return (None, *constants)
-    (offsets,) = ctx.saved_tensors
-    grad_x = torch.ops.pfs_fast._max_pool_backward(grad_y, offsets, ctx.input_size, *ctx.options)
-    return (grad_x.contiguous(memory_format=ctx.input_format), *constants)
-
-
-def _conv_bn_gate_act_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, conv_weight, _, gate, weight, bias, residual, *options = inputs
-    _, u, mean, var, aux = output
-    ctx.mark_non_differentiable(u, mean, var, aux)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, mean, var, conv_weight, gate, weight, bias, aux)
-    ctx.input_format = suggest_memory_format(x)
-    ctx.options = (*options, residual is not None)
-
-
-def _conv_bn_gate_act_backward(
-    ctx: Any, grad_y: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    none = (None,) * 11
-    if grad_y is None:
-        return none
-    u, mean, var, conv_weight, gate, weight, bias, aux = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], *needs[3:7]]
-    found = torch.ops.pfs_fast._conv_bn_gate_act_backward(
-        grad_y, u, mean, var, conv_weight, gate, weight, bias, aux, *ctx.options, wanted
-    )
-    grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
-    if grads[0] is not None:
-        grads[0] = grads[0].contiguous(memory_format=ctx.input_format)
-    return (grads[0], None, None, *grads[1:], *none[7:])
-
-
-def _refuse_double_backward(op: str) -> Any:
-    def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"{op}: the gradient must be taken once, got a second derivative; "
-            f"use pfs_fast.ops.reference.{op} for it"
-        )
-
-    return refuse
-
-
 # --- autocast: x decides; what is per channel stays float32 ---------------------------------------
 
 
@@ -415,19 +297,6 @@ def _register() -> None:
     }
     for name, fake in fakes.items():
         library.register_fake(f"pfs_fast::{name}", fake)
-    for name, backward, setup in (
-        ("bn_gate_act", _bn_gate_act_backward, _bn_gate_act_setup),
-        ("frozen_conv", _frozen_conv_backward, _frozen_conv_setup),
-        ("winograd_conv", _winograd_conv_backward, _winograd_conv_setup),
-        ("max_pool", _max_pool_backward, _max_pool_setup),
-        ("conv_bn_gate_act", _conv_bn_gate_act_backward, _conv_bn_gate_act_setup),
-        ("_conv_bn_gate_act_backward", _refuse_double_backward("conv_bn_gate_act"), None),
-        ("_bn_gate_act_backward", _refuse_double_backward("bn_gate_act"), None),
-        ("_frozen_conv_backward", _refuse_double_backward("frozen_conv"), None),
-        ("_winograd_conv_backward", _refuse_double_backward("winograd_conv"), None),
-        ("_max_pool_backward", _refuse_double_backward("max_pool"), None),
-    ):
-        library.register_autograd(f"pfs_fast::{name}", backward, setup_context=setup)
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _IMPL.impl("bn_gate_act", _bn_gate_act_autocast(device_type), key)
         _IMPL.impl("frozen_conv", _frozen_conv_autocast(device_type), key)
