@@ -28,9 +28,9 @@ Partials run_reduction(const Layout& layout, const ReductionPlan& plan, int64_t 
                        const Rows& rows, const Planes& planes) {
   Partials partials{std::vector<double>(plan.num_partials() * layout.channels),
                     std::vector<double>(plan.num_partials() * layout.channels)};
-  at::parallel_for(0, plan.num_chunks(), 1, [&](int64_t first, int64_t last) {
+  share_out(plan.num_chunks(), [&](SharedBlocks::Share& share) {
     Scratch scratch(scratch_units * layout.unit);
-    for (int64_t chunk = first; chunk < last; ++chunk) {
+    for (int64_t chunk; (chunk = share.next()) >= 0;) {
       double* out1 = partials.first.data() + plan.partial(chunk) * layout.channels;
       double* out2 = partials.second.data() + plan.partial(chunk) * layout.channels;
       if (layout.period > 0) {

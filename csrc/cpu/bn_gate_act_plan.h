@@ -3,7 +3,6 @@
 // number of threads.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "bn_gate_act_kernel.h"
+#include "shared_blocks.h"
 
 namespace pfs::cpu {
 
@@ -120,8 +120,8 @@ template <class F>
 void for_each_chunk_backwards(const Layout& layout, const F& f) {
   const int64_t step =
       layout.period > 0 ? layout.period * std::max<int64_t>(1, kChunk / layout.period) : kChunk;
-  at::parallel_for(0, at::divup(layout.numel, step), 1, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = last; chunk-- > first;)
+  share_out(at::divup(layout.numel, step), [&](SharedBlocks::Share& share) {
+    for (int64_t chunk; (chunk = share.next_backwards()) >= 0;)
       f(chunk * step, std::min((chunk + 1) * step, layout.numel));
   });
 }

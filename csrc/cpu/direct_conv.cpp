@@ -4,14 +4,13 @@
 // convolution for each position of a pixel within the stride, over the taps that reach it.
 #include "direct_conv.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "isa.h"
 #include "kept_memory.h"
+#include "shared_blocks.h"
 
 namespace pfs::cpu {
 namespace {
@@ -88,16 +87,20 @@ class Convolution {
     for (int64_t row = 0; row < taps_.rows; ++row) pack(weight, row, packed + row * per_row_);
 
     const int64_t lines = s_.batch * s_.out_height;
-    const int64_t grain = std::max<int64_t>(1, kLine / std::max<int64_t>(1, s_.out_width * width_));
-    at::parallel_for(0, lines, grain, [&](int64_t first, int64_t last) {
+    // Neighbouring lines share rows of the input.
+    const int64_t size = std::max<int64_t>(1, kOutputs / std::max<int64_t>(1, s_.out_width * width_));
+    share_out(at::divup(lines, size), [&](SharedBlocks::Share& share) {
       Worker worker(*this, x, packed, bias, y);
-      for (int64_t line = first; line < last; ++line) worker.run(line);
+      for (int64_t block; (block = share.next()) >= 0;) {
+        const int64_t last = std::min((block + 1) * size, lines);
+        for (int64_t line = block * size; line < last; ++line) worker.run(line);
+      }
     });
   }
 
  private:
-  // Outputs that are worth a thread of their own.
-  static constexpr int64_t kLine = 16 * 1024;
+  // Of a block of lines: what is worth a thread's start.
+  static constexpr int64_t kOutputs = 16 * 1024;
 
   void pack(const float* weight, int64_t row, float* packed) const {
     const int64_t outputs = s_.out_channels, inputs = s_.in_channels;

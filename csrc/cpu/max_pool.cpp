@@ -1,5 +1,4 @@
 // max_pool on the CPU: checks, layouts, threads. The arithmetic is in max_pool_kernel_impl.h.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -8,6 +7,7 @@
 #include "../pfs_ops.h"
 #include "isa.h"
 #include "kept_memory.h"
+#include "shared_blocks.h"
 
 namespace pfs {
 namespace {
@@ -29,8 +29,13 @@ bool by_rows(const PoolShape& shape, at::MemoryFormat format) {
 
 // Calls run(first, last) on parts of [0, count), each item of which takes `values`.
 template <class Run>
-void share_out(int64_t count, int64_t values, const Run& run) {
-  at::parallel_for(0, count, std::max<int64_t>(kGrain / std::max<int64_t>(values, 1), 1), run);
+void for_each_part(int64_t count, int64_t values, const Run& run) {
+  const int64_t size = std::max<int64_t>(kGrain / std::max<int64_t>(values, 1), 1);
+  cpu::share_out(at::divup(count, size), [&](cpu::SharedBlocks::Share& share) {
+    for (int64_t part; (part = share.next()) >= 0;) {
+      run(part * size, std::min((part + 1) * size, count));
+    }
+  });
 }
 
 }  // namespace
@@ -50,12 +55,12 @@ MaxPoolOutputs max_pool_cpu(const at::Tensor& x_in, at::IntArrayRef kernel, at::
   uint8_t* taps = offsets.mutable_data_ptr<uint8_t>();
   const int64_t window = shape.kernel_y * shape.kernel_x;
   if (by_rows(shape, format)) {
-    share_out(shape.batch * shape.out_height, shape.out_width * shape.channels * window,
+    for_each_part(shape.batch * shape.out_height, shape.out_width * shape.channels * window,
               [&](int64_t first, int64_t last) {
                 kernels.forward_rows(shape, from, to, taps, first, last);
               });
   } else {
-    share_out(shape.batch * shape.channels, shape.out_height * shape.out_width * window,
+    for_each_part(shape.batch * shape.channels, shape.out_height * shape.out_width * window,
               [&](int64_t first, int64_t last) {
                 kernels.forward_planes(shape, from, to, taps, first, last);
               });
@@ -77,13 +82,13 @@ at::Tensor max_pool_backward_cpu(const at::Tensor& grad_y_in, const at::Tensor& 
   const uint8_t* taps = offsets.const_data_ptr<uint8_t>();
   void* to = grad_x.mutable_data_ptr();
   if (by_rows(shape, format)) {
-    share_out(shape.batch * shape.height, shape.width * shape.channels,
+    for_each_part(shape.batch * shape.height, shape.width * shape.channels,
               [&](int64_t first, int64_t last) {
                 kernels.backward_rows(shape, from, taps, to, first, last);
               });
   } else {
     const int64_t plane = shape.height * shape.width;
-    share_out(shape.batch * shape.channels, plane, [&](int64_t first, int64_t last) {
+    for_each_part(shape.batch * shape.channels, plane, [&](int64_t first, int64_t last) {
       c10::DataPtr sums;
       if (grad_y.scalar_type() == at::kBFloat16)
         sums = cpu::allocate(static_cast<size_t>(plane) * sizeof(float));

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "kept_memory.h"
+#include "shared_blocks.h"
 #include "winograd_kernel.h"
 
 namespace pfs::cpu {
@@ -109,12 +110,12 @@ inline void run_by_tiles(const WinogradPass& pass) {
   const int64_t share = round_up(at::divup(tiles, at::get_num_threads()), 6);
   const int64_t size = std::min(std::max(kBlockBytes / tile_bytes / 6 * 6, kMinTiles), share);
   const int64_t blocks = at::divup(tiles, size);
-  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+  share_out(blocks, [&](SharedBlocks::Share& share) {
     const WinogradBuffer buffer(pass.spectrum_floats(size, row) + pass.spectrum_floats(size, width));
     const Spectrum input = pass.spectrum(buffer.get(), size, row);
     const Spectrum product =
         pass.spectrum(buffer.get() + pass.spectrum_floats(size, row), size, width);
-    for (int64_t block = first; block < last; ++block) {
+    for (int64_t block; (block = share.next()) >= 0;) {
       const int64_t begin = block * size, end = std::min(begin + size, tiles);
       pass.kernels.transform_input(s, pass.x, begin, end, input);
       const int64_t after = std::min(end + size, tiles);
@@ -186,13 +187,13 @@ void run_by_rows(const WinogradPass& pass, const RowBlocks& blocks, const MakeWo
   const WinogradBuffer weight_buffer(pass.weight_floats(width));
   const PackedWeights weights = transform_weights(pass, weight_buffer.get());
   const int64_t size = blocks.largest();
-  at::parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) {
+  share_out(blocks.count(), [&](SharedBlocks::Share& share) {
     const WinogradBuffer buffer(pass.spectrum_floats(size, row) + pass.spectrum_floats(size, width));
     const Spectrum input = pass.spectrum(buffer.get(), size, row);
     const Spectrum product =
         pass.spectrum(buffer.get() + pass.spectrum_floats(size, row), size, width);
     auto worker = make_worker();
-    for (int64_t block = first; block < last; ++block) {
+    for (int64_t block; (block = share.next()) >= 0;) {
       const int64_t begin = blocks.begin(block), end = blocks.begin(block + 1);
       pass.kernels.transform_input(s, worker.input(block), begin, end, input);
       pass.kernels.multiply(input, weights, product, end - begin, s.in_channels,
@@ -224,10 +225,11 @@ inline void run_by_channels(const WinogradPass& pass) {
       part.data += (first - begin) * input.row;
       pass.kernels.transform_input(s, pass.x, first, last, part);
     });
-    at::parallel_for(0, at::divup(width, chunk), 1, [&](int64_t first, int64_t last) {
+    share_out(at::divup(width, chunk), [&](SharedBlocks::Share& share) {
       const WinogradBuffer own(pass.weight_floats(chunk) + pass.spectrum_floats(size, chunk));
       const Spectrum product = pass.spectrum(own.get() + pass.weight_floats(chunk), size, chunk);
-      for (int64_t c = first * chunk; c < std::min(last * chunk, width); c += chunk) {
+      for (int64_t block; (block = share.next()) >= 0;) {
+        const int64_t c = block * chunk;
         const int64_t part = std::min(chunk, width - c);
         const PackedWeights weights = pass.weights(own.get(), part);
         pass.kernels.transform_weights(s, pass.weight, c, weights);
