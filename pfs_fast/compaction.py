@@ -6,6 +6,7 @@ state are sliced alongside. The gates that remain take exactly the steps that th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from .gates import GateBank
 from .groups import FIXED, ChannelGroups
 from .scope import Site
 from .slim import narrow_layers
+from .widths import WidthRule
 
 MIN_SAVING = 0.02  # share of the MACs below which narrowing is not worth it
 # Steps that one narrowing must save: about twice what it takes. Counted, not timed, since the same seed must narrow at the same
@@ -34,7 +36,7 @@ class Compaction:
         groups: Its gated groups.
         sites: Where the gates sit.
         absorbing: Names of the groups whose dead channels may go.
-        multiple_of: Widths that the device likes; a few dead channels stay to meet them.
+        widths: Rule of each group; a few dead channels stay to meet it.
     """
 
     def __init__(
@@ -44,10 +46,10 @@ class Compaction:
         groups: ChannelGroups,
         sites: tuple[Site, ...],
         absorbing: frozenset[str],
-        multiple_of: int,
+        widths: Mapping[str, WidthRule],
     ) -> None:
         self._network, self._bank, self._groups, self._sites = network, bank, groups, sites
-        self._absorbing, self._multiple_of = absorbing, multiple_of
+        self._absorbing, self._widths = absorbing, widths
         self._cost = CostModel(groups).base[0]
         self.num_gates = groups.num_units
         self.recapture_steps = 0.0  # what narrowing costs beyond the above, in steps
@@ -70,9 +72,7 @@ class Compaction:
                 continue
             span = slice(group.start, group.start + group.size)
             dead = np.flatnonzero(~alive[span])
-            width = group.size - len(dead)
-            step = self._multiple_of // np.gcd(self._multiple_of, group.channels_per_unit)
-            width = min(max(-(-width // step), 1) * step, group.size)
+            width = self._widths[group.name].width(group.size - len(dead), group)
             keep[group.start + dead[: group.size - width]] = False
         if keep.all():
             return keep, 0.0
@@ -138,8 +138,3 @@ def _renumbered(units: np.ndarray, keep: np.ndarray) -> np.ndarray:
     stays = units == FIXED
     stays[~stays] = keep[units[~stays]]
     return new_unit[units[stays]]
-
-
-def preferred_multiple(device: torch.device) -> int:
-    """Channels that a vector register or a tensor core takes at once."""
-    return 16 if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" else 8

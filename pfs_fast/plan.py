@@ -16,7 +16,7 @@ from .absorbing import absorbing_groups
 from .analysis import channel_graph
 from .bounds import without_ignored
 from .budget import Budget, Limits
-from .compaction import Compaction, preferred_multiple
+from .compaction import Compaction
 from .config import PRECISIONS, SearchConfig, compute_dtype
 from .cost import CostModel, count
 from .errors import BackendError, BudgetError, ConfigError
@@ -30,6 +30,7 @@ from .ops import reference as reference_ops
 from .result import SearchResult
 from .scope import chosen_units, gate_sites, gated_groups
 from .stability import StabilityWatch
+from .widths import preferred_multiple, width_rules
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,13 @@ def prepare(
     )
     absorbing = absorbing_groups(network, groups, chosen_units(graph, groups))
     fuse_convs(network.train_net, kernels)
-    compaction = Compaction(network, bank, groups, sites, absorbing, preferred_multiple(device))
+    own = (
+        device.type == "cpu" and dtype == torch.float32 and kernels is ops and config.channels_last
+    )
+    widths = width_rules(
+        network, groups, preferred_multiple(device), own_kernels=own and config.winograd
+    )
+    compaction = Compaction(network, bank, groups, sites, absorbing, widths)
     watch = None
     if config.patience is not None:
         watch = StabilityWatch(

@@ -16,6 +16,7 @@ from pfs_fast.gated import GatedNetwork
 from pfs_fast.gates import GateBank, GateState
 from pfs_fast.ops import reference
 from pfs_fast.scope import chosen_units, gate_sites, gated_groups
+from pfs_fast.widths import WidthRule
 
 search_module, plan_module = (sys.modules[f"pfs_fast.{name}"] for name in ("search", "plan"))
 
@@ -154,7 +155,8 @@ def test_leaving_dead_channels_out_keeps_loss_and_gradients(name: str, scope: st
         return loss.detach(), bank.grad.clone()
 
     loss, grad = step()
-    compact = compaction.Compaction(network, bank, groups, sites, absorbs, 1)
+    widths = {group.name: WidthRule(1, 1) for group in groups.groups}
+    compact = compaction.Compaction(network, bank, groups, sites, absorbs, widths)
     keep, saving = compact.candidates()
     assert absorbs and saving > 0.05
     compact.leave_out(keep)

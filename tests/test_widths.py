@@ -1,0 +1,68 @@
+"""Widths that a running search is narrowed to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pfs_fast as pfs
+from pfs_fast.groups import ChannelGroup
+from pfs_fast.plan import prepare
+from pfs_fast.widths import WidthRule
+
+
+def group(size: int, channels_per_unit: int = 1) -> ChannelGroup:
+    return ChannelGroup("g", 0, size, ("g",), (), (), False, channels_per_unit)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "least", "alive", "size", "per_unit", "expected"),
+    [
+        (8, 8, 9, 20, 1, 16),
+        (8, 8, 17, 20, 1, 20),  # no more than there are
+        (8, 8, 0, 20, 1, 8),
+        (2, 8, 9, 20, 1, 10),
+        (2, 8, 3, 20, 1, 8),
+        (2, 8, 3, 6, 1, 6),
+        (8, 8, 3, 20, 4, 4),  # 16 channels
+        (2, 8, 3, 20, 4, 3),  # 12 channels
+        (2, 8, 1, 20, 4, 2),  # 8 channels
+    ],
+)
+def test_width(
+    multiple: int, least: int, alive: int, size: int, per_unit: int, expected: int
+) -> None:
+    assert WidthRule(multiple, least).width(alive, group(size, per_unit)) == expected
+
+
+def rules(name: str, **options: object) -> dict[str, WidthRule]:
+    config = pfs.SearchConfig(scope="all", **{"precision": "fp32", **options})
+    model = pfs.models.get(name, num_classes=10)
+    plan = prepare(
+        model, torch.zeros(2, 3, 32, 32), pfs.Budget(0.5), config, device=torch.device("cpu")
+    )
+    return plan.loop.compaction._widths
+
+
+def test_groups_of_own_convolutions_take_pairs() -> None:
+    found = rules("resnet20")
+    assert {rule.multiple for rule in found.values()} == {2}
+    assert {rule.least for rule in found.values()} == {8}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "fp64"},
+        {"winograd": False},
+        {"channels_last": False},
+        {"backend": "reference"},
+    ],
+)
+def test_other_kernels_take_whole_vectors(options: dict[str, object]) -> None:
+    assert {rule.multiple for rule in rules("resnet20", **options).values()} == {8}
+
+
+def test_a_group_that_others_kernels_read_takes_whole_vectors() -> None:
+    found = rules("mobilenet_v1")  # pointwise convolutions are PyTorch's
+    assert {rule.multiple for rule in found.values()} == {8}
