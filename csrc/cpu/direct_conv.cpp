@@ -107,8 +107,8 @@ class Convolution {
     // Of the forward convolution, whose channels are exchanged in the gradient.
     const int64_t depth = taps_.transposed ? outputs : inputs;
     for (const Phase& phase : phases_) {
-      for (int64_t panel = 0; panel < width_; panel += 2 * kernels_.lanes) {
-        const int64_t columns = std::min(width_ - panel, 2 * kernels_.lanes);
+      for (int64_t panel = 0, columns; panel < width_; panel += columns) {
+        columns = panel_width(width_ - panel, kernels_.lanes);
         for (int64_t t = 0; t < phase.taps; ++t) {
           const int64_t column = phase.first_tap + t * phase.tap_step;
           for (int64_t in = 0; in < inputs; ++in) {

@@ -1,10 +1,11 @@
 // A register-blocked multiplication of float matrices by weights that are packed in panels.
 //
-// A block of kRows rows and two vectors of columns stays in registers while it runs over the depth;
+// A block of a few rows and up to three vectors of columns stays in registers while it runs over the depth;
 // the panel of weights that it reads stays in the first-level cache for all rows. Included by files
 // that are compiled once per instruction set.
 #pragma once
 
+#include "gemm_kernel.h"
 #include "tile.h"
 
 namespace pfs::cpu {
@@ -12,12 +13,14 @@ namespace {
 
 using Floats = Vec<float>::V;
 constexpr int kLanes = Vec<float>::kLanes;
-constexpr int64_t kPanel = 2 * kLanes;
 
-constexpr int kMaxRows = 6;  // 12 sums, 2 weights and an input: of 16 registers
 // Depth of a panel of weights: 2 * lanes * kDepth floats are half of a first-level cache of 32 KiB
 // (AVX2).
 constexpr int64_t kDepth = 256;
+
+// Rows whose sums stay in registers: 12 sums, the weights and an input, of 16 registers.
+template <int kVectors>
+constexpr int kMaxRows = kVectors == 3 ? 4 : 6;
 
 PFS_INLINE Floats load_floats(const float* p) {
   return *reinterpret_cast<const Vec<float>::Unaligned*>(p);
@@ -33,25 +36,25 @@ PFS_INLINE void multiply_block(const float* a, int64_t a_row, const float* b, fl
   Floats sum[kRows][kVectors];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v)
       sum[r][v] = add ? load_floats(c + r * c_row + v * kLanes) : Floats{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     Floats weight[kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) weight[v] = load_floats(b + v * kLanes);
     b += kVectors * kLanes;
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const Floats value = splat<float>(a[r * a_row + k]);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) sum[r][v] += value * weight[v];
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) store_floats(c + r * c_row + v * kLanes, sum[r][v]);
   }
 }
@@ -78,10 +81,11 @@ template <int kVectors>
 void multiply_panel(Fetch& first, Fetch& second, const float* a, int64_t a_row, const float* b,
                     float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
   int64_t r = 0;
-  for (; r + kMaxRows <= rows; r += kMaxRows) {
+  for (; r + kMaxRows<kVectors> <= rows; r += kMaxRows<kVectors>) {
     first.some();
     second.some();
-    multiply_block<kMaxRows, kVectors>(a + r * a_row, a_row, b, c + r * c_row, c_row, depth, add);
+    multiply_block<kMaxRows<kVectors>, kVectors>(a + r * a_row, a_row, b, c + r * c_row, c_row,
+                                                 depth, add);
   }
   a += r * a_row;
   c += r * c_row;
@@ -101,22 +105,23 @@ void multiply_panel(Fetch& first, Fetch& second, const float* a, int64_t a_row, 
   }
 }
 
-// c [rows, width] (+)= a [rows, depth] packed. width: a multiple of lanes; packed: panels of two
-// vectors of columns (the last one perhaps of one), [depth][columns of the panel] each.
+// c [rows, width] (+)= a [rows, depth] packed. width: a multiple of lanes; packed: panels of columns
+// (see panel_width), [depth][columns of the panel] each.
 PFS_INLINE void multiply_packed(Fetch& first, Fetch& second, const float* a, int64_t a_row,
                                 const float* packed, float* c, int64_t c_row, int64_t rows,
                                 int64_t depth, int64_t width, bool add) {
   for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
     const int64_t span = depth - k < kDepth ? depth - k : kDepth;
-    for (int64_t n = 0; n < width; n += kPanel) {
-      const bool pair = width - n >= kPanel;
-      const float* panel = packed + n * depth + k * (pair ? kPanel : kLanes);
-      if (pair) {
-        multiply_panel<2>(first, second, a + k, a_row, panel, c + n, c_row, rows, span,
-                          add || k > 0);
+    const bool more = add || k > 0;
+    for (int64_t n = 0, columns; n < width; n += columns) {
+      columns = panel_width(width - n, kLanes);
+      const float* panel = packed + n * depth + k * columns;
+      if (columns == 2 * kLanes) {
+        multiply_panel<2>(first, second, a + k, a_row, panel, c + n, c_row, rows, span, more);
+      } else if (columns == 3 * kLanes) {
+        multiply_panel<3>(first, second, a + k, a_row, panel, c + n, c_row, rows, span, more);
       } else {
-        multiply_panel<1>(first, second, a + k, a_row, panel, c + n, c_row, rows, span,
-                          add || k > 0);
+        multiply_panel<1>(first, second, a + k, a_row, panel, c + n, c_row, rows, span, more);
       }
     }
   }

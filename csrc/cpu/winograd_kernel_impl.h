@@ -123,9 +123,9 @@ void transform_weights(const WinogradShape& s, const float* weight, int64_t firs
                        const PackedWeights& packed) {
   const int64_t depth = s.in_channels;
   Floats taps[9][kLanes];  // [tap][k], lanes: output channels
-  for (int64_t panel = 0; panel < packed.width; panel += kPanel) {
-    const int64_t width = packed.width - panel < kPanel ? packed.width - panel : kPanel;
-    // Both vectors of a panel for a few k, then the next k: they share lines of the cache.
+  for (int64_t panel = 0, width; panel < packed.width; panel += width) {
+    width = panel_width(packed.width - panel, kLanes);
+    // All vectors of a panel for a few k, then the next k: they share lines of the cache.
     for (int64_t k0 = 0; k0 < depth; k0 += kLanes) {
       const int64_t count = depth - k0 < kLanes ? depth - k0 : kLanes;
       for (int64_t n = 0; n < width; n += kLanes) {
@@ -239,8 +239,9 @@ template <int kOutputs>
 void multiply(const Spectrum& input, const PackedWeights& packed, const Spectrum& product,
               int64_t rows, int64_t depth, const Ahead& first, const Ahead& second) {
   constexpr int kFrequencies = (kOutputs + 2) * (kOutputs + 2);
-  const int64_t blocks = kFrequencies * ((depth + kDepth - 1) / kDepth) *
-                         ((packed.width + kPanel - 1) / kPanel) * (rows / kMaxRows);
+  const int64_t panels = (packed.width + 2 * kLanes - 1) / (2 * kLanes);
+  const int64_t blocks =
+      kFrequencies * ((depth + kDepth - 1) / kDepth) * panels * (rows / kMaxRows<2>);
   Fetch fetch_first(first.begin, first.end, blocks > 0 ? blocks : 1);
   Fetch fetch_second(second.begin, second.end, blocks > 0 ? blocks : 1);
   for (int f = 0; f < kFrequencies; ++f) {

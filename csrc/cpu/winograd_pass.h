@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "gemm_kernel.h"
 #include "kept_memory.h"
 #include "shared_blocks.h"
 #include "winograd_kernel.h"
@@ -86,12 +87,13 @@ inline PackedWeights transform_weights(const WinogradPass& pass, float* memory) 
   const WinogradShape& s = pass.shape;
   const int64_t width = pass.padded(s.out_channels), lanes = pass.kernels.lanes;
   const PackedWeights weights = pass.weights(memory, width);
-  // By panels of two vectors; every panel begins at first * depth floats.
-  at::parallel_for(0, at::divup(width, 2 * lanes), 1, [&](int64_t first, int64_t last) {
+  // By panels, all but the last of two vectors; every panel begins at begin * depth floats.
+  const int64_t panels = std::max<int64_t>(width / (2 * lanes), 1);
+  at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t begin = panel * 2 * lanes;
       const PackedWeights part{weights.data + begin * s.in_channels, weights.frequency,
-                               std::min(width - begin, 2 * lanes)};
+                               panel_width(width - begin, lanes)};
       pass.kernels.transform_weights(s, pass.weight, begin, part);
     }
   });
