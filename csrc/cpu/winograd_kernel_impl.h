@@ -36,13 +36,28 @@ PFS_INLINE void store_some(float* p, Floats v, int64_t count) {
 #endif
 }
 
+// Where a tile is; goes from one to the next without dividing.
+template <int kOutputs>
 struct TilePlace {
   int64_t image, y, x;  // of the first output
 
-  PFS_INLINE TilePlace(const WinogradShape& s, int64_t tile, int64_t size)
+  PFS_INLINE TilePlace(const WinogradShape& s, int64_t tile)
       : image(tile / (s.tiles_y * s.tiles_x)),
-        y(tile / s.tiles_x % s.tiles_y * size),
-        x(tile % s.tiles_x * size) {}
+        y(tile / s.tiles_x % s.tiles_y * kOutputs),
+        x(tile % s.tiles_x * kOutputs),
+        end_y_(s.tiles_y * kOutputs),
+        end_x_(s.tiles_x * kOutputs) {}
+
+  PFS_INLINE void next() {
+    if ((x += kOutputs) < end_x_) return;
+    x = 0;
+    if ((y += kOutputs) < end_y_) return;
+    y = 0;
+    ++image;
+  }
+
+ private:
+  int64_t end_y_, end_x_;
 };
 
 // ---- weights ----
@@ -146,23 +161,32 @@ template <int kInputs>
 struct Window {
   const float* rows[kInputs];  // null: a row of zeros
   int64_t columns[kInputs];    // offset of a pixel in its row; any pixel where there is none
-  Vec<float>::I masks[kInputs];  // all bits set, or none where the column is one of zeros
-  bool inside;                 // no column is
+  bool inside;                 // every column has a pixel
+  Vec<float>::I masks[kInputs];  // where not inside: all bits set, or none for a column of zeros
 };
 
-template <int kInputs>
-PFS_INLINE void place_window(const WinogradShape& s, const float* x, const TilePlace& place,
-                             Window<kInputs>& window) {
-  window.inside = true;
+template <int kOutputs, int kInputs = kOutputs + 2>
+PFS_INLINE void place_window(const WinogradShape& s, const float* x,
+                             const TilePlace<kOutputs>& place, Window<kInputs>& window) {
+  const int64_t channels = s.in_channels, line = s.width * channels;
+  const int64_t top = place.y - s.pad_y, left = place.x - s.pad_x;
+  const float* image = x + place.image * s.height * line;
+#pragma GCC unroll 6
   for (int i = 0; i < kInputs; ++i) {
-    const int64_t forward = s.reversed ? kInputs - 1 - i : i;
-    const int64_t row = place.y - s.pad_y + forward, column = place.x - s.pad_x + forward;
-    const bool has_row = row >= 0 && row < s.height, has_column = column >= 0 && column < s.width;
-    window.rows[i] =
-        has_row ? x + (place.image * s.height + row) * s.width * s.in_channels : nullptr;
-    window.columns[i] = has_column ? column * s.in_channels : 0;
-    window.masks[i] = Vec<float>::I{} - static_cast<int32_t>(has_column);
-    window.inside = window.inside && has_column;
+    const int64_t row = top + (s.reversed ? kInputs - 1 - i : i);
+    window.rows[i] = row >= 0 && row < s.height ? image + row * line : nullptr;
+  }
+  window.inside = left >= 0 && left + kInputs <= s.width;
+#pragma GCC unroll 6
+  for (int i = 0; i < kInputs; ++i) {
+    const int64_t column = left + (s.reversed ? kInputs - 1 - i : i);
+    if (window.inside) {
+      window.columns[i] = column * channels;
+    } else {
+      const bool there = column >= 0 && column < s.width;
+      window.columns[i] = there ? column * channels : 0;
+      window.masks[i] = Vec<float>::I{} - static_cast<int32_t>(there);
+    }
   }
 }
 
@@ -213,25 +237,31 @@ void transform_input(const WinogradShape& s, const float* x, int64_t first, int6
   const int64_t channels = s.in_channels;
   const int64_t frequency = input.frequency, row = input.row;
   const int64_t whole = channels / kLanes * kLanes;
+  const int64_t end = channels < kLanes ? 0 : channels;
   float* out = input.data;
-  for (int64_t tile = first; tile < last; ++tile) {
-    Window<kOutputs + 2> window;
-    place_window(s, x, TilePlace(s, tile, kOutputs), window);
+  TilePlace<kOutputs> place(s, first);
+  Window<kOutputs + 2> window;
+  for (int64_t tile = first; tile < last; ++tile, place.next(), out += row) {
+    place_window(s, x, place, window);
+    // What is less than a vector at the end is done by the last whole one: faster than part of one.
     if (window.inside) {
-      for (int64_t c = 0; c < whole; c += kLanes)
+      for (int64_t next = 0; next < end; next += kLanes) {
+        const int64_t c = next < whole ? next : channels - kLanes;
         transform_window<kOutputs, true, true>(window, c, kLanes, out + c, frequency);
+      }
     } else {
-      for (int64_t c = 0; c < whole; c += kLanes)
+      for (int64_t next = 0; next < end; next += kLanes) {
+        const int64_t c = next < whole ? next : channels - kLanes;
         transform_window<kOutputs, true, false>(window, c, kLanes, out + c, frequency);
+      }
     }
-    if (whole == 0) {
-      transform_window<kOutputs, false, false>(window, 0, channels, out, frequency);
-    } else if (whole < channels) {
-      // The last vector again, less its first lanes: faster than part of one.
-      const int64_t c = channels - kLanes;
-      transform_window<kOutputs, true, false>(window, c, kLanes, out + c, frequency);
+    if (end == 0) {
+      if (window.inside) {
+        transform_window<kOutputs, false, true>(window, 0, channels, out, frequency);
+      } else {
+        transform_window<kOutputs, false, false>(window, 0, channels, out, frequency);
+      }
     }
-    out += row;
   }
 }
 
@@ -307,8 +337,8 @@ void transform_output(const WinogradShape& s, const Spectrum& product, int64_t f
   const int64_t present = s.out_channels - channel < width ? s.out_channels - channel : width;
   const bool reversed = s.reversed;
   const float* in = product.data;
-  for (int64_t tile = first; tile < last; ++tile) {
-    const TilePlace place(s, tile, kOutputs);
+  TilePlace<kOutputs> place(s, first);
+  for (int64_t tile = first; tile < last; ++tile, place.next()) {
     float* out = y + (place.image * s.out_height + place.y) * y_row + place.x * y_column + channel;
     const int64_t rows = s.out_height - place.y, columns = s.out_width - place.x;
     const bool inside = rows >= kOutputs && columns >= kOutputs;
