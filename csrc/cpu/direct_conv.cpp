@@ -69,6 +69,8 @@ class Convolution {
   Convolution(const Shape& shape, const Taps& taps)
       : s_(shape), taps_(taps), kernels_(*chosen_isa().gemm), phases_(make_phases(shape, taps)) {
     width_ = round_up(s_.out_channels, kernels_.lanes);
+    // The last vector of channels is one that ends with the last channel, so that none reaches beyond.
+    back_ = s_.out_channels < kernels_.lanes ? 0 : width_ - s_.out_channels;
     advance_ = taps.transposed ? 1 : taps.stride_x;
     step_ = taps.transposed ? taps.stride_x : 1;
     for (const Phase& phase : phases_) {
@@ -113,7 +115,8 @@ class Convolution {
           const int64_t column = phase.first_tap + t * phase.tap_step;
           for (int64_t in = 0; in < inputs; ++in) {
             for (int64_t c = 0; c < columns; ++c) {
-              const int64_t out = panel + c;
+              const bool last = panel + c >= width_ - kernels_.lanes;
+              const int64_t out = panel + c - (last ? back_ : 0);
               const int64_t a = taps_.transposed ? in : out, b = taps_.transposed ? out : in;
               const int64_t at = ((a * taps_.rows + row) * taps_.columns + column) * depth + b;
               *packed++ = out < outputs ? weight[at] : 0.0f;
@@ -137,11 +140,14 @@ class Convolution {
         padded_.assign(conv.taps_.rows * slot_, 0.0f);
         held_.assign(conv.taps_.rows, -1);
       }
-      if (s.out_channels % conv.kernels_.lanes != 0) {
+      if (s.out_channels < conv.kernels_.lanes) {
         int64_t most = 0;
         for (const Phase& phase : conv.phases_) most = std::max(most, phase.count);
-        products_.resize(most * conv.width_);
+        sums_.resize(most * conv.width_);
+        if (bias != nullptr) padded_bias_.assign(bias, bias + s.out_channels);
+        padded_bias_.resize(conv.width_);
       }
+      products_.resize(conv.taps_.rows);
     }
 
     void run(int64_t line) {
@@ -157,34 +163,24 @@ class Convolution {
       const Phase& phase = conv_.phases_[index];
       float* to = out + phase.first * s.out_channels;
       const int64_t to_row = conv_.step_ * s.out_channels;
-      const bool direct = products_.empty();
-      float* c = direct ? to : products_.data();
-      const int64_t c_row = direct ? to_row : conv_.width_;
-      bool add = false;
-      if (bias_ != nullptr) {
-        for (int64_t j = 0; j < phase.count; ++j)
-          std::memcpy(c + j * c_row, bias_, s.out_channels * sizeof(float));
-        add = true;
-      }
+      const bool whole = sums_.empty();
+      float* c = whole ? to : sums_.data();
+      const float* bias = whole || bias_ == nullptr ? bias_ : padded_bias_.data();
       int64_t before = 0;
       for (size_t p = 0; p < index; ++p) before += conv_.phases_[p].taps;
-      for (int64_t tap = 0; tap < conv_.taps_.rows; ++tap) {
+      int64_t count = 0;
+      for (int64_t tap = 0; phase.taps > 0 && tap < conv_.taps_.rows; ++tap) {
         const int64_t in_row = conv_.input_row(row, tap);
-        if (in_row < 0 || phase.taps == 0) continue;
-        const float* a = line_of(image, in_row) + phase.from * s.in_channels;
-        const float* b =
-            packed_ + tap * conv_.per_row_ + before * s.in_channels * conv_.width_;
-        conv_.kernels_.multiply(a, conv_.advance_ * s.in_channels, b, c, c_row, phase.count,
-                                phase.taps * s.in_channels, conv_.width_, add);
-        add = true;
+        if (in_row < 0) continue;
+        products_[count++] = {
+            line_of(image, in_row) + phase.from * s.in_channels,
+            packed_ + tap * conv_.per_row_ + before * s.in_channels * conv_.width_};
       }
-      for (int64_t j = 0; j < phase.count; ++j) {
-        float* pixel = to + j * to_row;
-        if (!add) {
-          std::memset(pixel, 0, s.out_channels * sizeof(float));
-        } else if (!direct) {
-          std::memcpy(pixel, c + j * c_row, s.out_channels * sizeof(float));
-        }
+      conv_.kernels_.multiply(products_.data(), count, conv_.advance_ * s.in_channels,
+                              phase.taps * s.in_channels, bias, c, whole ? to_row : conv_.width_,
+                              phase.count, conv_.width_, conv_.back_);
+      for (int64_t j = 0; !whole && j < phase.count; ++j) {
+        std::memcpy(to + j * to_row, c + j * conv_.width_, s.out_channels * sizeof(float));
       }
     }
 
@@ -212,7 +208,8 @@ class Convolution {
     int64_t slot_ = 0;
     std::vector<float> padded_;  // rows of the kernel, one input row each
     std::vector<int64_t> held_;  // which line each of them holds
-    std::vector<float> products_;
+    std::vector<Product> products_;
+    std::vector<float> sums_, padded_bias_;  // where there are fewer channels than a vector has
   };
 
   // The input row that a row of taps meets for an output row; -1 where there is none.
@@ -230,7 +227,7 @@ class Convolution {
   const Taps taps_;
   const GemmKernels& kernels_;
   const std::vector<Phase> phases_;
-  int64_t width_ = 0, advance_ = 1, step_ = 1;
+  int64_t width_ = 0, back_ = 0, advance_ = 1, step_ = 1;
   int64_t left_ = 0, right_ = 0;  // pixels that are read outside of a row
   int64_t per_row_ = 0;           // packed floats of a row of taps
 };

@@ -29,17 +29,10 @@ PFS_INLINE void store_floats(float* p, Floats v) {
   *reinterpret_cast<Vec<float>::Unaligned*>(p) = v;
 }
 
-// c [kRows, kVectors * lanes] (+)= a [kRows, depth] b [depth, kVectors * lanes]
+// sum += a [kRows, depth] b [depth, kVectors * lanes]
 template <int kRows, int kVectors>
-PFS_INLINE void multiply_block(const float* a, int64_t a_row, const float* b, float* c,
-                               int64_t c_row, int64_t depth, bool add) {
-  Floats sum[kRows][kVectors];
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v)
-      sum[r][v] = add ? load_floats(c + r * c_row + v * kLanes) : Floats{};
-  }
+PFS_INLINE void add_products(Floats (*sum)[kVectors], const float* a, int64_t a_row, const float* b,
+                             int64_t depth) {
   for (int64_t k = 0; k < depth; ++k) {
     Floats weight[kVectors];
 #pragma GCC unroll 3
@@ -52,6 +45,20 @@ PFS_INLINE void multiply_block(const float* a, int64_t a_row, const float* b, fl
       for (int v = 0; v < kVectors; ++v) sum[r][v] += value * weight[v];
     }
   }
+}
+
+// c [kRows, kVectors * lanes] (+)= a [kRows, depth] b [depth, kVectors * lanes]
+template <int kRows, int kVectors>
+PFS_INLINE void multiply_block(const float* a, int64_t a_row, const float* b, float* c,
+                               int64_t c_row, int64_t depth, bool add) {
+  Floats sum[kRows][kVectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v)
+      sum[r][v] = add ? load_floats(c + r * c_row + v * kLanes) : Floats{};
+  }
+  add_products<kRows, kVectors>(sum, a, a_row, b, depth);
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3

@@ -14,14 +14,21 @@ static inline int64_t panel_width(int64_t left, int64_t lanes) {
   return left < 2 * lanes || left == 3 * lanes ? left : 2 * lanes;
 }
 
+// One matrix product of a sum.
+struct Product {
+  const float* a;       // [rows, depth]
+  const float* packed;  // [depth, width]: panels of panel_width columns, one after another
+};
+
 struct GemmKernels {
   int64_t lanes;  // values of a vector
 
-  // c [rows, width] (+)= a [rows, depth] packed [depth, width]. a_row, c_row: distances of rows.
-  // width: a multiple of lanes. packed: panels of panel_width columns, one after another,
-  // [depth][columns of the panel] each.
-  void (*multiply)(const float* a, int64_t a_row, const float* packed, float* c, int64_t c_row,
-                   int64_t rows, int64_t depth, int64_t width, bool add);
+  // c [rows, width] = bias + the sum of products, each [rows, depth] by [depth, width]. a_row, c_row:
+  // distances of rows. width: a multiple of lanes; its last vector of columns goes to memory `back`
+  // columns earlier, and so do those of the bias. bias: null or [width - back].
+  void (*multiply)(const Product* products, int64_t num_products, int64_t a_row, int64_t depth,
+                   const float* bias, float* c, int64_t c_row, int64_t rows, int64_t width,
+                   int64_t back);
 };
 
 // Null where the file was compiled without its instruction set.
