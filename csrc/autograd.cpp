@@ -144,7 +144,7 @@ struct ConvBnGateActGradOp {
   using Signature = BnGateActGrads(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                    const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                    const OptionalTensor&, const Tensor&, SymIntArrayRef, int64_t,
-                                   double, Act, bool, Mask);
+                                   double, Act, bool, Mask, const OptionalTensor&);
 };
 
 template <class Op>
@@ -279,7 +279,9 @@ struct MaxPool : torch::autograd::Function<MaxPool> {
   }
 };
 
-struct ConvBnGateAct : torch::autograd::Function<ConvBnGateAct> {
+// kBranch: x is a result, too, so that its gradient has come when that of y is taken.
+template <bool kBranch>
+struct ConvBnGateAct : torch::autograd::Function<ConvBnGateAct<kBranch>> {
   static Tensors forward(AutogradContext* ctx, const Tensor& x, const Tensor& conv_weight,
                          const OptionalTensor& conv_bias, const OptionalTensor& gate,
                          const OptionalTensor& weight, const OptionalTensor& bias,
@@ -298,12 +300,17 @@ struct ConvBnGateAct : torch::autograd::Function<ConvBnGateAct> {
     keep(ctx, "act", std::string(act));
     keep(ctx, "conv_bias", checks::is_present(conv_bias));
     keep(ctx, "residual", checks::is_present(residual));
+    if constexpr (kBranch) return {y, u, mean, var, aux, x};
     return {y, u, mean, var, aux};
   }
 
   static Tensors backward(AutogradContext* ctx, const Tensors& grads) {
     Tensors found(11);
-    if (!grads[0].defined()) return found;
+    const Tensor branch = kBranch ? grads[5] : Tensor();
+    if (!grads[0].defined()) {
+      found[0] = branch;
+      return found;
+    }
     const Tensors saved = ctx->get_saved_variables();
     const bool has_residual = kept_bool(ctx, "residual");
     Edges edges(ctx);
@@ -316,7 +323,8 @@ struct ConvBnGateAct : torch::autograd::Function<ConvBnGateAct> {
     const auto [x, gate, weight, bias, residual] = handle<ConvBnGateActGradOp>().call(
         grads[0], saved[0], saved[1], saved[2], saved[3], optional_of(saved[4]),
         optional_of(saved[5]), optional_of(saved[6]), saved[7], kept_list(ctx, "padding"),
-        kept_int(ctx, "tile"), kept_double(ctx, "eps"), kept_text(ctx, "act"), has_residual, mask);
+        kept_int(ctx, "tile"), kept_double(ctx, "eps"), kept_text(ctx, "act"), has_residual, mask,
+        optional_of(branch));
     if (mask[0]) found[0] = in_kept_layout(ctx, x);
     found[3] = where(mask[1], gate);
     found[4] = where(mask[2], weight);
@@ -397,8 +405,27 @@ struct DifferentiableNoMore<Op, Result(Args...)> {
   }
 };
 
+using BranchOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BranchOutputs conv_bn_gate_act_branch(
+    const Tensor& x, const Tensor& conv_weight, const OptionalTensor& conv_bias,
+    const OptionalTensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, SymIntArrayRef padding, int64_t tile, double eps, Act act) {
+  if (recorded(x)) {
+    return Results<BranchOutputs>::from(ConvBnGateAct<true>::apply(
+        x, conv_weight, conv_bias, gate, weight, bias, residual, padding, tile, eps, act));
+  }
+  auto [y, u, mean, var, aux] = handle<ConvBnGateActOp>().call(
+      x, conv_weight, conv_bias, gate, weight, bias, residual, padding, tile, eps, act);
+  return {y, u, mean, var, aux, x};
+}
+
 }  // namespace
 }  // namespace pfs
+
+TORCH_LIBRARY_IMPL(pfs_fast, CompositeImplicitAutograd, m) {
+  m.impl("conv_bn_gate_act_branch", &pfs::conv_bn_gate_act_branch);
+}
 
 TORCH_LIBRARY_IMPL(pfs_fast, Autograd, m) {
   using namespace pfs;
@@ -406,7 +433,7 @@ TORCH_LIBRARY_IMPL(pfs_fast, Autograd, m) {
   m.impl("frozen_conv", &Differentiable<FrozenConvOp, FrozenConv>::run);
   m.impl("winograd_conv", &Differentiable<WinogradConvOp, WinogradConv>::run);
   m.impl("max_pool", &Differentiable<MaxPoolOp, MaxPool>::run);
-  m.impl("conv_bn_gate_act", &Differentiable<ConvBnGateActOp, ConvBnGateAct>::run);
+  m.impl("conv_bn_gate_act", &Differentiable<ConvBnGateActOp, ConvBnGateAct<false>>::run);
   m.impl("_bn_gate_act_backward", &DifferentiableNoMore<BnGateActGradOp>::run);
   m.impl("_frozen_conv_backward", &DifferentiableNoMore<FrozenConvGradOp>::run);
   m.impl("_winograd_conv_backward", &DifferentiableNoMore<WinogradConvGradOp>::run);

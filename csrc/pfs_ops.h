@@ -163,7 +163,7 @@ ConvBnGateActOutputs conv_bn_gate_act_cpu(
     int64_t tile,                     // 2 or 4
     double eps, std::string_view act);
 
-// As bn_gate_act's gradients, but that of x, [N, C_in, H, W].
+// As bn_gate_act's gradients, but that of x, [N, C_in, H, W], to which grad_branch is added.
 BnGateActGrads conv_bn_gate_act_backward_cpu(
     const at::Tensor& grad_y,       // [N, C, H_out, W_out], any strides
     const at::Tensor& u,            // [N, C, H_out, W_out], of the forward pass
@@ -175,7 +175,8 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
     const OptionalTensor& bias,     // [C]
     const at::Tensor& aux,          // of the forward pass
     at::IntArrayRef padding, int64_t tile, double eps, std::string_view act, bool has_residual,
-    std::array<bool, 5> output_mask);
+    std::array<bool, 5> output_mask,
+    const OptionalTensor& grad_branch);  // [N, C_in, H, W], any strides; read if x wants a gradient
 
 // One step on all gates, in place: step += 1; grad + the regulariser's gradient 2 gamma (m -
 // target) / num_gates * sign(gates), m = sum |gates| / num_gates; Adam (bias corrections in

@@ -41,11 +41,16 @@ TORCH_LIBRARY(pfs_fast, m) {
       "conv_bn_gate_act(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? gate, Tensor? "
       "weight, Tensor? bias, Tensor? residual, SymInt[] padding, int tile, float eps, str act) -> "
       "(Tensor y, Tensor u, Tensor mean, Tensor var, Tensor aux)");
+  // The same, and x for its other readers: their gradient is then added where that of x is made.
+  m.def(
+      "conv_bn_gate_act_branch(Tensor(a) x, Tensor conv_weight, Tensor? conv_bias, Tensor? gate, "
+      "Tensor? weight, Tensor? bias, Tensor? residual, SymInt[] padding, int tile, float eps, str "
+      "act) -> (Tensor y, Tensor u, Tensor mean, Tensor var, Tensor aux, Tensor(a) branch)");
   m.def(
       "_conv_bn_gate_act_backward(Tensor grad_y, Tensor u, Tensor mean, Tensor var, Tensor "
       "conv_weight, Tensor? gate, Tensor? weight, Tensor? bias, Tensor aux, SymInt[] padding, int "
-      "tile, float eps, str act, bool has_residual, bool[5] output_mask) -> (Tensor grad_x, Tensor "
-      "grad_gate, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+      "tile, float eps, str act, bool has_residual, bool[5] output_mask, Tensor? grad_branch=None) -> "
+      "(Tensor grad_x, Tensor grad_gate, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
   m.def(
       "gate_step_(Tensor(a!) gates, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!) step, "

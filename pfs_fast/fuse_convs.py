@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from types import ModuleType
 
-from torch import fx
+from torch import fx, nn
 
-from .gated_layers import FrozenConv, FusedConvNorm, FusedNorm
+from .gated_layers import BranchedConvNorm, FrozenConv, FusedConvNorm, FusedNorm
 
 
 def fuse_convs(net: fx.GraphModule, ops: ModuleType) -> None:
@@ -37,8 +38,41 @@ def fuse_convs(net: fx.GraphModule, ops: ModuleType) -> None:
             net.add_submodule(fused[places], modules[fused[places]])
         node.target, node.args = fused[places], (source.args[0], *node.args[1:])
         net.graph.erase_node(source)
+    _pass_inputs_on(net, modules, ops)
     net.graph.lint()
     net.recompile()
+
+
+def _pass_inputs_on(net: fx.GraphModule, modules: dict[str, nn.Module], ops: ModuleType) -> None:
+    """Lets whatever reads the input of a `FusedConvNorm` after it take that input from it.
+
+    The gradients of both, as at the two ends of a residual block, are then added in the pass that makes one of them.
+    """
+    branched: dict[str, str] = {}
+    places = {node: place for place, node in enumerate(net.graph.nodes)}
+    for node in list(net.graph.nodes):
+        layer = _module(node, modules)
+        if type(layer) is not FusedConvNorm:
+            continue
+        source = node.args[0]
+        later = [user for user in source.users if user in places and places[user] > places[node]]
+        if not later or source in node.args[1:]:
+            continue
+        if node.target not in branched:
+            branched[node.target] = f"_branched{node.target}"
+            while branched[node.target] in modules:
+                branched[node.target] += "_"
+            modules[branched[node.target]] = BranchedConvNorm(layer.layer, layer.norm, ops)
+            net.add_submodule(branched[node.target], modules[branched[node.target]])
+        node.target = branched[node.target]
+        with net.graph.inserting_after(node):
+            output = net.graph.call_function(operator.getitem, (node, 0))
+            again = net.graph.call_function(operator.getitem, (node, 1))
+        node.replace_all_uses_with(
+            output, delete_user_cb=lambda user, o=output, a=again: user not in (o, a)
+        )
+        for user in later:
+            user.replace_input_with(source, again)
 
 
 def _module(node: object, modules: dict[str, object]) -> object:

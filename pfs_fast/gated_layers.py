@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -112,11 +113,20 @@ class FusedConvNorm(nn.Module):
         self.layer, self.norm, self._ops = conv, norm, ops
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        conv, norm = self.layer.conv, self.norm
         tile = self.layer.tile(input)
-        if tile == winograd.DIRECT or not norm.uses_batch:
-            return norm(self.layer(input), residual)
-        return self._ops.conv_bn_gate_act(
+        if not self.serves(tile):
+            return self.norm(self.layer(input), residual)
+        return self.run(self._ops.conv_bn_gate_act, input, residual, tile)
+
+    def serves(self, tile: int) -> bool:
+        """Whether the operator takes inputs of this tile in this mode; elsewhere its two halves run."""
+        return tile != winograd.DIRECT and self.norm.uses_batch
+
+    def run(
+        self, operator: Callable[..., Any], input: Tensor, residual: Tensor | None, tile: int
+    ) -> Any:
+        conv, norm = self.layer.conv, self.norm
+        return operator(
             input,
             conv.weight,
             conv.bias,
@@ -132,6 +142,16 @@ class FusedConvNorm(nn.Module):
             eps=norm.bn.eps,
             act=norm.act,
         )
+
+
+class BranchedConvNorm(FusedConvNorm):
+    """Returns its input too, for those that read it later: their gradients are added where its own is made."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        tile = self.layer.tile(input)
+        if not self.serves(tile):
+            return self.norm(self.layer(input), residual), input
+        return self.run(self._ops.conv_bn_gate_act_branch, input, residual, tile)
 
 
 class GatedOutput(nn.Module):

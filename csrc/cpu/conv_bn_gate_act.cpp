@@ -166,7 +166,8 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
     const at::Tensor& grad_y, const at::Tensor& u, const at::Tensor& mean, const at::Tensor& var,
     const at::Tensor& conv_weight, const OptionalTensor& gate, const OptionalTensor& weight,
     const OptionalTensor& bias, const at::Tensor& aux, at::IntArrayRef padding, int64_t tile,
-    double eps, std::string_view act_name, bool has_residual, std::array<bool, 5> output_mask) {
+    double eps, std::string_view act_name, bool has_residual, std::array<bool, 5> output_mask,
+    const OptionalTensor& grad_branch) {
   constexpr const char* op = "_conv_bn_gate_act_backward";
   checks::check_winograd_gradient(op, grad_y, conv_weight, padding);
   TORCH_CHECK_VALUE(u.dim() == 4 && u.is_contiguous(kLast), op,
@@ -198,8 +199,19 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
         2 - padding[1], /*reversed=*/true);
     grad_x = cpu::empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
                         at::kFloat, kLast);
+    at::Tensor branch;
+    if (checks::is_present(grad_branch)) {
+      TORCH_CHECK_VALUE(grad_branch->sizes() == grad_x.sizes(), op,
+                        ": grad_branch must have the shape of x, ", grad_x.sizes(), ", got ",
+                        grad_branch->sizes(), "; pass the gradient of x's other use");
+      TORCH_CHECK_TYPE(grad_branch->scalar_type() == at::kFloat, op,
+                       ": grad_branch must be float32, got ", grad_branch->scalar_type(),
+                       "; cast it");
+      checks::check_same_device(op, "grad_branch", *grad_branch, grad_y, "grad_y");
+      branch = grad_branch->contiguous(kLast);
+    }
     WinogradPass pass{winograd, shape,   nullptr, data_of(dense_weight),
-                      nullptr,  grad_x.mutable_data_ptr<float>()};
+                      nullptr,  grad_x.mutable_data_ptr<float>(), data_of(branch)};
     if (cpu::is_empty(pass)) {
       all_at_once(nullptr);
     } else if (cpu::runs_by_tiles(pass) && u.numel() > 0) {

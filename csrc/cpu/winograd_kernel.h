@@ -34,8 +34,8 @@ struct Spectrum {
   int64_t frequency;
 };
 
-// Weights of the channels [0, width) of a chunk: frequency f, panel p (2 * lanes channels wide, the
-// last one perhaps lanes), value [k][channel of the panel].
+// Weights of the channels [0, width) of a chunk: frequency f, panel p (panel_width channels), value
+// [k][channel of the panel].
 struct PackedWeights {
   float* data;
   int64_t frequency;
@@ -65,10 +65,10 @@ struct WinogradKernels {
   void (*multiply)(const Spectrum& input, const PackedWeights& packed, const Spectrum& product,
                    int64_t rows, int64_t depth, const Ahead& first, const Ahead& second);
   // Rows [0, last - first) -> channels [channel, channel + width) of tiles [first, last), plus bias
-  // [out_channels] unless null. Channels beyond the last are left out.
+  // [out_channels] and added, laid out as y, unless null. Channels beyond the last are left out.
   void (*transform_output)(const WinogradShape&, const Spectrum& product, int64_t first,
                            int64_t last, int64_t channel, int64_t width, const float* bias,
-                           float* y);
+                           const float* added, float* y);
 };
 
 // Null where the file was compiled without its instruction set. [0]: m = 2, [1]: m = 4.

@@ -283,12 +283,13 @@ void multiply(const Spectrum& input, const PackedWeights& packed, const Spectrum
   }
 }
 
-// One vector of channels of one tile. y: its first output in memory; rows, columns: outputs inside
-// of the image, counted from there.
-template <int kOutputs, bool kWhole, bool kInside>
+// One vector of channels of one tile. y: its first output in memory; added: as far from y in bytes as
+// the same value of what is added, where kAdds; rows, columns: outputs inside of the image, counted
+// from there.
+template <int kOutputs, bool kWhole, bool kInside, bool kAdds>
 PFS_INLINE void transform_products(const float* in, int64_t frequency, Floats shift, float* y,
-                                   int64_t y_row, int64_t y_column, int64_t rows, int64_t columns,
-                                   bool reversed, int64_t count) {
+                                   int64_t added, int64_t y_row, int64_t y_column, int64_t rows,
+                                   int64_t columns, bool reversed, int64_t count) {
   constexpr int kInputs = kOutputs + 2;
   Floats half[kInputs][kOutputs];
 #pragma GCC unroll 6
@@ -317,10 +318,15 @@ PFS_INLINE void transform_products(const float* in, int64_t frequency, Floats sh
 #pragma GCC unroll 4
     for (int i = 0; i < kOutputs; ++i) {
       if (kInside || (has_column && (reversed ? kOutputs - 1 - i : i) < rows)) {
+        Floats value = transformed[i] + shift;
+        if (kAdds) {
+          const auto* other = reinterpret_cast<const float*>(reinterpret_cast<intptr_t>(to) + added);
+          value += kWhole ? load_floats(other) : load_some(other, count);
+        }
         if (kWhole) {
-          store_floats(to, transformed[i] + shift);
+          store_floats(to, value);
         } else {
-          store_some(to, transformed[i] + shift, count);
+          store_some(to, value, count);
         }
       }
       to += y_row;
@@ -329,9 +335,10 @@ PFS_INLINE void transform_products(const float* in, int64_t frequency, Floats sh
   }
 }
 
-template <int kOutputs>
-void transform_output(const WinogradShape& s, const Spectrum& product, int64_t first, int64_t last,
-                      int64_t channel, int64_t width, const float* bias, float* y) {
+template <int kOutputs, bool kAdds>
+PFS_INLINE void transform_outputs(const WinogradShape& s, const Spectrum& product, int64_t first,
+                                  int64_t last, int64_t channel, int64_t width, const float* bias,
+                                  int64_t added, float* y) {
   const int64_t frequency = product.frequency;
   const int64_t y_column = s.out_channels, y_row = s.out_width * y_column;
   const int64_t present = s.out_channels - channel < width ? s.out_channels - channel : width;
@@ -353,17 +360,32 @@ void transform_output(const WinogradShape& s, const Spectrum& product, int64_t f
         shift = count >= kLanes ? load_floats(from) : load_some(from, count);
       }
       if (count < kLanes) {
-        transform_products<kOutputs, false, false>(in + n, frequency, shift, out + n, y_row,
-                                                   y_column, rows, columns, reversed, count);
+        transform_products<kOutputs, false, false, kAdds>(in + n, frequency, shift, out + n, added,
+                                                          y_row, y_column, rows, columns, reversed,
+                                                          count);
       } else if (inside) {
-        transform_products<kOutputs, true, true>(in + n, frequency, shift, out + n, y_row, y_column,
-                                                 rows, columns, reversed, count);
+        transform_products<kOutputs, true, true, kAdds>(in + n, frequency, shift, out + n, added,
+                                                        y_row, y_column, rows, columns, reversed,
+                                                        count);
       } else {
-        transform_products<kOutputs, true, false>(in + n, frequency, shift, out + n, y_row,
-                                                  y_column, rows, columns, reversed, count);
+        transform_products<kOutputs, true, false, kAdds>(in + n, frequency, shift, out + n, added,
+                                                         y_row, y_column, rows, columns, reversed,
+                                                         count);
       }
     }
     in += product.row;
+  }
+}
+
+template <int kOutputs>
+void transform_output(const WinogradShape& s, const Spectrum& product, int64_t first, int64_t last,
+                      int64_t channel, int64_t width, const float* bias, const float* added,
+                      float* y) {
+  if (added == nullptr) {
+    transform_outputs<kOutputs, false>(s, product, first, last, channel, width, bias, 0, y);
+  } else {
+    const intptr_t away = reinterpret_cast<intptr_t>(added) - reinterpret_cast<intptr_t>(y);
+    transform_outputs<kOutputs, true>(s, product, first, last, channel, width, bias, away, y);
   }
 }
 

@@ -51,6 +51,7 @@ struct WinogradPass {
   const float* weight;
   const float* bias;
   float* y;
+  const float* added = nullptr;  // to y, laid out as it is
 
   int64_t frequencies() const { return (kernels.tile + 2) * (kernels.tile + 2); }
   int64_t padded(int64_t channels) const { return round_up(channels, kernels.lanes); }
@@ -124,7 +125,7 @@ inline void run_by_tiles(const WinogradPass& pass) {
       pass.kernels.multiply(input, weights, product, end - begin, s.in_channels,
                             {pass.output_of(begin), pass.output_of(end)},
                             {pass.input_of(end), pass.input_of(after)});
-      pass.kernels.transform_output(s, product, begin, end, 0, width, pass.bias, pass.y);
+      pass.kernels.transform_output(s, product, begin, end, 0, width, pass.bias, pass.added, pass.y);
     }
   });
 }
@@ -200,7 +201,7 @@ void run_by_rows(const WinogradPass& pass, const RowBlocks& blocks, const MakeWo
       pass.kernels.transform_input(s, worker.input(block), begin, end, input);
       pass.kernels.multiply(input, weights, product, end - begin, s.in_channels,
                             {pass.output_of(begin), pass.output_of(end)}, {});
-      pass.kernels.transform_output(s, product, begin, end, 0, width, pass.bias, pass.y);
+      pass.kernels.transform_output(s, product, begin, end, 0, width, pass.bias, pass.added, pass.y);
       worker.done(block);
     }
   });
@@ -236,7 +237,7 @@ inline void run_by_channels(const WinogradPass& pass) {
         const PackedWeights weights = pass.weights(own.get(), part);
         pass.kernels.transform_weights(s, pass.weight, c, weights);
         pass.kernels.multiply(input, weights, product, end - begin, s.in_channels, {}, {});
-        pass.kernels.transform_output(s, product, begin, end, c, part, pass.bias, pass.y);
+        pass.kernels.transform_output(s, product, begin, end, c, part, pass.bias, pass.added, pass.y);
       }
     });
   }

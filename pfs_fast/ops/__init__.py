@@ -1,5 +1,5 @@
 """The fused operators, usable alone: ``bn_gate_act``, ``frozen_conv``, ``winograd_conv``,
-``conv_bn_gate_act``, ``max_pool`` and ``gate_step_``.
+``conv_bn_gate_act``, ``conv_bn_gate_act_branch``, ``max_pool`` and ``gate_step_``.
 
 Each has a twin of the same name and signature in :mod:`pfs_fast.ops.reference`, in plain PyTorch.
 The functions here run the compiled kernels and nothing else: without them the first call raises
@@ -18,6 +18,7 @@ from pfs_fast.ops.reference import update_running_stats as _update_running_stats
 __all__ = [
     "bn_gate_act",
     "conv_bn_gate_act",
+    "conv_bn_gate_act_branch",
     "frozen_conv",
     "gate_step_",
     "max_pool",
@@ -308,10 +309,72 @@ def conv_bn_gate_act(
         eps,
         act,
     )
+    _track(running_mean, running_var, mean, var, y, momentum)
+    return y
+
+
+def conv_bn_gate_act_branch(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    padding: int | tuple[int, int] = 1,
+    tile: int = 4,
+    momentum: float | None = None,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> tuple[Tensor, Tensor]:
+    """``conv_bn_gate_act(x, ...)``, and x for whatever else reads it, such as a residual sum.
+
+    The gradient of those readers is added while that of x is made, instead of in a pass over both.
+    Arguments and errors are those of ``conv_bn_gate_act``.
+
+    Returns:
+        (y, x). Gradients are the same whether other readers take this x or the one passed.
+
+    Example:
+        >>> import torch
+        >>> from pfs_fast.ops import conv_bn_gate_act_branch
+        >>> x = torch.randn(8, 16, 32, 32, requires_grad=True)
+        >>> y, same = conv_bn_gate_act_branch(x, torch.randn(16, 16, 3, 3))
+        >>> (y + same).sum().backward()
+    """
+    require_ops()
+    y, _, mean, var, _, branch = torch.ops.pfs_fast.conv_bn_gate_act_branch(
+        x,
+        conv_weight.detach(),
+        None if conv_bias is None else conv_bias.detach(),
+        gate,
+        weight,
+        bias,
+        residual,
+        _per_dimension(padding, 2),
+        tile,
+        eps,
+        act,
+    )
+    _track(running_mean, running_var, mean, var, y, momentum)
+    return y, branch
+
+
+def _track(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    y: Tensor,
+    momentum: float | None,
+) -> None:
+    """Moves the running statistics of a fused norm, if they are to be moved."""
     count = y.numel() // max(y.shape[1], 1)
     if momentum is not None and count > 0:
         _update_running_stats(running_mean, running_var, mean, var, count, momentum)
-    return y
 
 
 def gate_step_(

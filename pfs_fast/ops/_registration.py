@@ -181,6 +181,7 @@ def _conv_bn_gate_act_backward_fake(
     act: str,
     has_residual: bool,
     output_mask: Sequence[bool],
+    grad_branch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     last = {"memory_format": torch.channels_last}
     grad_x, *per_channel, grad_residual = _bn_gate_act_backward_fake(

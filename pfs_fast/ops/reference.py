@@ -169,6 +169,29 @@ def conv_bn_gate_act(
     return bn_gate_act(u, gate, weight, bias, residual, running_mean, running_var, **options)
 
 
+def conv_bn_gate_act_branch(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    padding: int | tuple[int, int] = 1,
+    tile: int = 4,
+    momentum: float | None = None,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> tuple[Tensor, Tensor]:
+    """The result of ``conv_bn_gate_act``, and x; see :func:`pfs_fast.ops.conv_bn_gate_act_branch`."""
+    layers = (conv_weight, conv_bias, gate, weight, bias, residual, running_mean, running_var)
+    options = {"padding": padding, "tile": tile, "momentum": momentum, "eps": eps, "act": act}
+    return conv_bn_gate_act(x, *layers, **options), x
+
+
 @torch.no_grad()
 def gate_step_(
     gates: Tensor,

@@ -1,0 +1,67 @@
+"""Which convolutions and norms a search network joins, and whose input they pass on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pfs_fast as pfs
+from pfs_fast import fuse_convs
+from pfs_fast.gated_layers import BranchedConvNorm, FusedConvNorm
+from pfs_fast.plan import prepare
+
+
+class Branches(nn.Module):
+    """One tensor with three readers, two of them convolutions with norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.a, self.a_norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.b, self.b_norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        a, b = torch.relu(self.a_norm(self.a(x))), torch.relu(self.b_norm(self.b(x)))
+        return self.fc((a + b + x).mean((2, 3)))
+
+
+def prepared(model: nn.Module, images: Tensor):
+    config = pfs.SearchConfig(scope="all", precision="fp32", compact=False)
+    return prepare(model, images, pfs.Budget(0.5), config, device=torch.device("cpu")).loop
+
+
+def test_every_reader_but_the_last_passes_its_input_on() -> None:
+    net = prepared(Branches(), torch.randn(8, 3, 16, 16)).network.train_net
+    calls = [node for node in net.graph.nodes if node.op == "call_module"]
+    kinds = [type(net.get_submodule(node.target)) for node in calls]
+    # The images have one reader, the stem.
+    assert kinds == [FusedConvNorm, BranchedConvNorm, BranchedConvNorm, nn.Linear]
+    assert calls[2].args[0].args == (calls[1], 1)
+
+
+@pytest.mark.parametrize("model", [Branches, lambda: pfs.models.resnet20(expansion=0.5)])
+def test_gradients_stay_what_they_are(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network, images, labels = model(), torch.randn(16, 3, 16, 16), torch.randint(10, (16,))
+    grads = []
+    for passes in (True, False):
+        if not passes:
+            monkeypatch.setattr(fuse_convs, "_pass_inputs_on", lambda *args: None)
+        loop = prepared(network, images)
+        loop.state.gates.values.copy_(torch.linspace(0.3, 1.0, loop.num_gates))
+        loop.bank.zero_grad()
+        nn.functional.cross_entropy(loop.network(loop.place(images)), labels).backward()
+        grads.append(loop.bank.grad.clone())
+    assert grads[1].norm() > 0
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_passes_inputs_on_too() -> None:
+    loop = prepared(Branches(), torch.randn(8, 3, 16, 16))
+    network, images = loop.network, loop.place(torch.randn(4, 3, 16, 16))
+    network(images)
+    network.eval()
+    assert network(images).shape == (4, 10)
