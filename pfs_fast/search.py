@@ -127,7 +127,10 @@ def search(
         )
     budget = Budget.of(budget)
     seeds = None if seeds is None else checked_seeds(seeds)
-    check_reiterable(loader, config.epochs * len(seeds or [0]), "search")
+    passes = config.epochs * len(seeds or [0])
+    check_reiterable(loader, passes, "search")
+    if val_loader is not None:
+        check_reiterable(val_loader, passes, "search", "val_loader")
     if config.select == "best" and val_loader is None:
         raise ConfigError(
             "search: val_loader must be given with select='best', got None; pass one or use select='last'"

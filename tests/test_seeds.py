@@ -45,7 +45,7 @@ def config(**options) -> pfs.SearchConfig:
     return pfs.SearchConfig(**{**few, **options})
 
 
-def run(model=None, loader=None, seeds=SEEDS, checkpoint=None, **options):
+def run(model=None, loader=None, seeds=SEEDS, checkpoint=None, val_loader=None, **options):
     return pfs.search(
         network() if model is None else model,
         batches() if loader is None else loader,
@@ -54,6 +54,7 @@ def run(model=None, loader=None, seeds=SEEDS, checkpoint=None, **options):
         checkpoint=checkpoint,
         progress=False,
         seeds=seeds,
+        val_loader=val_loader,
     )
 
 
@@ -212,6 +213,23 @@ def test_a_generator_serves_one_seed_only():
     assert len(run(loader=(b for b in batches()), seeds=[0], epochs=1)) == 1
     with pytest.raises(LoaderError, match="re-iterable for 2 passes, got a generator"):
         run(loader=(b for b in batches()), seeds=[0, 1], epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": [0, 1], "epochs": 1}, "val_loader must be re-iterable for 2 passes, got a gen"),
+        ({"seeds": None, "epochs": 2}, "val_loader must be re-iterable for 2 passes, got a gen"),
+    ],
+)
+def test_validation_batches_must_last_for_all_passes(options, message):
+    with pytest.raises(LoaderError, match=f"^search: {message}"):
+        run(loader=[], val_loader=(b for b in batches()), **options)
+
+
+def test_validation_batches_must_be_iterable():
+    with pytest.raises(LoaderError, match=r"^search: val_loader must be an iterable .*, got int"):
+        run(loader=[], val_loader=3, seeds=[0])
 
 
 def test_a_bad_budget_is_an_error_before_the_first_seed():
