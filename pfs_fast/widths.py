@@ -61,11 +61,15 @@ def width_rules(
     if own_kernels:
         frozen = (m for m in network.train_net.modules() if isinstance(m, FrozenConv))
         own = {layer.conv for layer in frozen if layer.fast or _is_direct(layer.conv)}
+    modules = dict(network.root.named_modules(remove_duplicate=False))
     rules = {}
     for group in groups.groups:
         names = (*group.producers, *group.followers, *group.consumers)
-        layers = (network.root.get_submodule(name) for name in names)
-        fine = all(not isinstance(layer, _ConvNd) or layer in own for layer in layers)
+        # Not a module: a layer scale, which is a bare parameter.
+        layers = [modules.get(name) for name in names]
+        fine = None not in layers and all(
+            layer in own or not isinstance(layer, _ConvNd) for layer in layers
+        )
         rules[group.name] = WidthRule(min(FINE_MULTIPLE, multiple) if fine else multiple, multiple)
     return rules
 

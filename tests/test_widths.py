@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import pfs_fast as pfs
 from pfs_fast.groups import ChannelGroup
@@ -36,8 +37,11 @@ def test_width(
 
 
 def rules(name: str, **options: object) -> dict[str, WidthRule]:
+    return rules_of(pfs.models.get(name, num_classes=10), **options)
+
+
+def rules_of(model: nn.Module, **options: object) -> dict[str, WidthRule]:
     config = pfs.SearchConfig(scope="all", **{"precision": "fp32", **options})
-    model = pfs.models.get(name, num_classes=10)
     plan = prepare(
         model, torch.zeros(2, 3, 32, 32), pfs.Budget(0.5), config, device=torch.device("cpu")
     )
@@ -66,3 +70,19 @@ def test_other_kernels_take_whole_vectors(options: dict[str, object]) -> None:
 def test_a_group_that_others_kernels_read_takes_whole_vectors() -> None:
     found = rules("mobilenet_v1")  # pointwise convolutions are PyTorch's
     assert {rule.multiple for rule in found.values()} == {8}
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.gamma = nn.Parameter(torch.ones(16, 1, 1))
+        self.b, self.fc = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.a(x))) * self.gamma
+        return self.fc(self.b(x).mean((2, 3)))
+
+
+def test_a_group_with_a_bare_parameter_takes_whole_vectors() -> None:
+    assert rules_of(Scaled())["a"].multiple == 8
