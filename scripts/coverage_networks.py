@@ -66,7 +66,7 @@ _NO_AUX = {**_PLAIN, "aux_logits": False, "init_weights": False}
 _CLASSIFIERS: dict[str, tuple[int, dict[str, Any]]] = {
     "googlenet": (64, _NO_AUX),
     "inception_v3": (96, _NO_AUX),
-    "maxvit_t": (64, {**_PLAIN, "input_size": (64, 64)}),
+    "maxvit_t": (224, {**_PLAIN, "input_size": (224, 224)}),  # windows of 7x7 at a stride of 32
     **{
         f"vit_{size}": (patch * 4, {**_PLAIN, "image_size": patch * 4})
         for size, patch in {"b_16": 16, "b_32": 32, "l_16": 16, "l_32": 32, "h_14": 14}.items()
@@ -79,7 +79,17 @@ def _classification() -> Iterator[Network]:
         size, options = _CLASSIFIERS.get(name, (64, _PLAIN))
         builder = torchvision.models.get_model_builder(name)
         family = builder.__module__.rpartition(".")[2]
-        yield Network(name, "torchvision", family, partial(builder, **options), (3, size, size))
+        build = partial(_with_head, builder, **options)
+        yield Network(name, "torchvision", family, build, (3, size, size))
+
+
+def _with_head(builder: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """With random weights also in a classifier that begins as zeros (ViT): zeros prove nothing."""
+    model = builder(**options)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)
+    return model
 
 
 def _segmentation() -> Iterator[Network]:
@@ -99,7 +109,8 @@ def _detection() -> Iterator[Network]:
     for name in torchvision.models.list_models(module=torchvision.models.detection):
         builder = torchvision.models.get_model_builder(name)
         family = builder.__module__.rpartition(".")[2]
-        yield Network(name, "detection", family, partial(_backbone, builder), (3, 128, 128))
+        size = 300 if name == "ssd300_vgg16" else 128  # its last maps are unpadded
+        yield Network(name, "detection", family, partial(_backbone, builder), (3, size, size))
 
 
 def _backbone(builder: Callable[..., nn.Module]) -> nn.Module:
@@ -111,7 +122,8 @@ def _video() -> Iterator[Network]:
     for name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d"):
         builder = torchvision.models.get_model_builder(name)
         family = builder.__module__.rpartition(".")[2]
-        shape = (3, 16, 64, 64) if name == "s3d" else (3, 8, 32, 32)
+        # S3D pools windows of 2x7x7 at a stride of 8x32x32.
+        shape = (3, 16, 224, 224) if name == "s3d" else (3, 8, 32, 32)
         yield Network(name, "video", family, partial(builder, **_PLAIN), shape)
 
 
