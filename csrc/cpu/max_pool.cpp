@@ -56,14 +56,14 @@ MaxPoolOutputs max_pool_cpu(const at::Tensor& x_in, at::IntArrayRef kernel, at::
   const int64_t window = shape.kernel_y * shape.kernel_x;
   if (by_rows(shape, format)) {
     for_each_part(shape.batch * shape.out_height, shape.out_width * shape.channels * window,
-              [&](int64_t first, int64_t last) {
-                kernels.forward_rows(shape, from, to, taps, first, last);
-              });
+                  [&](int64_t first, int64_t last) {
+                    kernels.forward_rows(shape, from, to, taps, first, last);
+                  });
   } else {
     for_each_part(shape.batch * shape.channels, shape.out_height * shape.out_width * window,
-              [&](int64_t first, int64_t last) {
-                kernels.forward_planes(shape, from, to, taps, first, last);
-              });
+                  [&](int64_t first, int64_t last) {
+                    kernels.forward_planes(shape, from, to, taps, first, last);
+                  });
   }
   return {y, offsets};
 }
@@ -83,9 +83,9 @@ at::Tensor max_pool_backward_cpu(const at::Tensor& grad_y_in, const at::Tensor& 
   void* to = grad_x.mutable_data_ptr();
   if (by_rows(shape, format)) {
     for_each_part(shape.batch * shape.height, shape.width * shape.channels,
-              [&](int64_t first, int64_t last) {
-                kernels.backward_rows(shape, from, taps, to, first, last);
-              });
+                  [&](int64_t first, int64_t last) {
+                    kernels.backward_rows(shape, from, taps, to, first, last);
+                  });
   } else {
     const int64_t plane = shape.height * shape.width;
     for_each_part(shape.batch * shape.channels, plane, [&](int64_t first, int64_t last) {

@@ -271,12 +271,12 @@ def _winograd_conv_autocast(device_type: str) -> Any:
     return run
 
 
-def _conv_bn_gate_act_autocast(device_type: str) -> Any:
+def _conv_bn_gate_act_autocast(device_type: str, operator: Any) -> Any:
     def run(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         # float32 is all that it has.
         full = (None if t is None else t.float() for t in args[:6])
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.pfs_fast.conv_bn_gate_act(x.float(), *full, *args[6:])
+            return operator(x.float(), *full, *args[6:])
 
     return run
 
@@ -302,7 +302,9 @@ def _register() -> None:
         _IMPL.impl("bn_gate_act", _bn_gate_act_autocast(device_type), key)
         _IMPL.impl("frozen_conv", _frozen_conv_autocast(device_type), key)
         _IMPL.impl("winograd_conv", _winograd_conv_autocast(device_type), key)
-        _IMPL.impl("conv_bn_gate_act", _conv_bn_gate_act_autocast(device_type), key)
+        for name in ("conv_bn_gate_act", "conv_bn_gate_act_branch"):
+            operator = getattr(torch.ops.pfs_fast, name)
+            _IMPL.impl(name, _conv_bn_gate_act_autocast(device_type, operator), key)
 
 
 if _IMPL is not None:

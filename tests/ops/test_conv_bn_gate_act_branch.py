@@ -55,6 +55,19 @@ def test_gradient_of_one_reader_alone() -> None:
     assert torch.equal(torch.autograd.grad(y.cos().sum(), x)[0], plain)
 
 
+def test_autocast_keeps_float32() -> None:
+    x, weight, gate = inputs(SHAPES[0])
+    low = x.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, same = ops.conv_bn_gate_act_branch(low, weight, gate=gate)
+    assert y.dtype == same.dtype == torch.float32
+    found = torch.autograd.grad((y.cos() + same.cos()).sum(), low)[0]
+    full = low.detach().float().requires_grad_()
+    y, same = ops.conv_bn_gate_act_branch(full, weight, gate=gate)
+    expected = torch.autograd.grad((y.cos() + same.cos()).sum(), full)[0]
+    assert torch.equal(found, expected.bfloat16())
+
+
 def test_x_without_gradient_stays_without() -> None:
     x, weight, gate = inputs(SHAPES[0])
     y, same = ops.conv_bn_gate_act_branch(x.detach(), weight, gate=gate)
