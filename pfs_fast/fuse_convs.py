@@ -7,11 +7,14 @@ from types import ModuleType
 
 from torch import fx, nn
 
-from .gated_layers import BranchedConvNorm, FrozenConv, FusedConvNorm, FusedNorm
+from .gated_layers import BranchedConvNorm, FrozenConv, FusedConvNorm, FusedNorm, RecomputedConvNorm
 
 
 def fuse_convs(net: fx.GraphModule, ops: ModuleType) -> None:
-    """Makes one `FusedConvNorm` of every `FusedNorm` and the fast convolution that it alone reads, in place.
+    """Makes one layer of every `FusedNorm` and the convolution that it alone reads, where one is better than two, in place.
+
+    A `FusedConvNorm` of a fast convolution; a `RecomputedConvNorm` of one that reads the images, or that ends in no activation, as
+    those of shortcuts do.
 
     Args:
         net: Graph of a gated network. Its modules may still be narrowed afterwards, since none is copied.
@@ -25,16 +28,22 @@ def fuse_convs(net: fx.GraphModule, ops: ModuleType) -> None:
             continue
         source = node.args[0]
         conv = _module(source, modules)
-        if not isinstance(conv, FrozenConv) or not conv.fast or len(source.users) != 1:
+        if not isinstance(conv, FrozenConv) or len(source.users) != 1:
             continue
         if source in node.args[1:] or len(source.args) != 1 or source.kwargs:
+            continue
+        shortcut = norm.act == "identity" and len(node.all_input_nodes) == 1 and not conv.fast
+        again = shortcut or source.args[0].op == "placeholder"
+        if not (conv.fast or again):
             continue
         places = (source.target, node.target)
         if places not in fused:  # a layer that is called twice stays one layer
             fused[places] = f"_conv{node.target}"
             while fused[places] in modules:
                 fused[places] += "_"
-            modules[fused[places]] = FusedConvNorm(conv, norm, ops)
+            modules[fused[places]] = (RecomputedConvNorm if again else FusedConvNorm)(
+                conv, norm, ops
+            )
             net.add_submodule(fused[places], modules[fused[places]])
         node.target, node.args = fused[places], (source.args[0], *node.args[1:])
         net.graph.erase_node(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from . import rules, winograd
 from .gates import GateBank
 
+MIN_SAVED = 1 / 256  # values of memory for each product that a convolution computes again
 MAX_TAPS = 255  # of a window of ``max_pool``, whose offsets are bytes
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float64})
 _POOL_DTYPES = {"cpu": _FLOATS, "cuda": _FLOATS | {torch.float16}}
@@ -103,7 +105,7 @@ class FusedConvNorm(nn.Module):
     """A convolution and the norm that alone reads it: one operator where both of its halves would be fast ones.
 
     Args:
-        conv: With ``fast`` set.
+        conv: Its convolution.
         norm: What follows.
         ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
     """
@@ -152,6 +154,41 @@ class BranchedConvNorm(FusedConvNorm):
         if not self.serves(tile):
             return self.norm(self.layer(input), residual), input
         return self.run(self._ops.conv_bn_gate_act_branch, input, residual, tile)
+
+
+class RecomputedConvNorm(FusedConvNorm):
+    """Keeps its input for the backward pass and convolves again there, where that saves memory at a small price."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv, norm = self.layer.conv, self.norm
+        serves = self.serves(self.layer.tile(input))
+        if serves or residual is not None or not norm.uses_batch or not self.pays():
+            return super().forward(input, residual)
+        return self._ops.recomputed_conv_bn_gate_act(
+            input,
+            conv.weight,
+            conv.bias,
+            norm.gate,
+            norm.bn.weight,
+            norm.bn.bias,
+            norm.bn.running_mean,
+            norm.bn.running_var,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            momentum=norm.momentum(),
+            eps=norm.bn.eps,
+            act=norm.act,
+        )
+
+    def pays(self) -> bool:
+        """Whether an output is larger than what it is made of, by enough values for each of its products."""
+        conv = self.layer.conv
+        taps = math.prod(conv.kernel_size)
+        kept = conv.in_channels * (math.prod(conv.stride) if taps > 1 else 1)
+        products = conv.out_channels * conv.in_channels // conv.groups * taps
+        return conv.out_channels - kept >= MIN_SAVED * products
 
 
 class GatedOutput(nn.Module):

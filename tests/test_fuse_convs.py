@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import pfs_fast as pfs
-from pfs_fast import fuse_convs
-from pfs_fast.gated_layers import BranchedConvNorm, FusedConvNorm
+from pfs_fast import fuse_convs, ops
+from pfs_fast.gated_layers import BranchedConvNorm, FrozenConv, RecomputedConvNorm
 from pfs_fast.plan import prepare
 
 
@@ -38,7 +38,7 @@ def test_every_reader_but_the_last_passes_its_input_on() -> None:
     calls = [node for node in net.graph.nodes if node.op == "call_module"]
     kinds = [type(net.get_submodule(node.target)) for node in calls]
     # The images have one reader, the stem.
-    assert kinds == [FusedConvNorm, BranchedConvNorm, BranchedConvNorm, nn.Linear]
+    assert kinds == [RecomputedConvNorm, BranchedConvNorm, BranchedConvNorm, nn.Linear]
     assert calls[2].args[0].args == (calls[1], 1)
 
 
@@ -57,6 +57,29 @@ def test_gradients_stay_what_they_are(model, monkeypatch: pytest.MonkeyPatch) ->
         grads.append(loop.bank.grad.clone())
     assert grads[1].norm() > 0
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "pays"),
+    [
+        (nn.Conv2d(3, 64, 3, padding=1), True),  # images
+        (nn.Conv2d(3, 64, 7, stride=2, padding=3), True),
+        (nn.Conv2d(3, 12, 3, stride=2, padding=1), False),  # no smaller than what it reads
+        (nn.Conv2d(16, 32, 1, stride=2), True),  # shortcuts
+        (nn.Conv2d(64, 256, 1), True),
+        (nn.Conv2d(1024, 2048, 1, stride=2), False),  # much work for what it saves
+        (nn.Conv2d(64, 64, 1), False),
+    ],
+    ids=str,
+)
+def test_recomputes_what_is_cheap(layer: nn.Conv2d, pays: bool) -> None:
+    assert RecomputedConvNorm(FrozenConv(layer, ops), nn.Identity(), ops).pays() is pays
+
+
+def test_shortcuts_and_the_first_layer_are_recomputed() -> None:
+    net = prepared(pfs.models.resnet20(), torch.randn(8, 3, 32, 32)).network.train_net
+    again = [name for name, m in net.named_modules() if type(m) is RecomputedConvNorm]
+    assert len(again) == 3  # the stem, and the shortcuts of two stages
 
 
 def test_evaluation_passes_inputs_on_too() -> None:

@@ -95,11 +95,17 @@ BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::T
       aux_kind(act, has_residual) == AuxKind::kPreAct ? aux_in.contiguous(format) : aux_in;
   const auto [wants_x, wants_gate, wants_weight, wants_bias, wants_residual] = output_mask;
   const bool sums = wants_gate || wants_weight || wants_bias || (wants_x && training);
-  const NormBackward backward(grad_y_in.contiguous(format), x, mean, var, gate, weight, bias, aux,
-                              act, has_residual, training, eps, sums);
+  const at::Tensor grad_y = grad_y_in.contiguous(format);
+  const NormBackward backward(grad_y, x, mean, var, gate, weight, bias, aux, act, has_residual,
+                              training, eps, sums);
 
-  const at::Tensor grad_x = wants_x ? empty_like(x) : at::empty({0}, x.options());
-  const at::Tensor grad_residual = wants_residual ? empty_like(x) : at::empty({0}, x.options());
+  // A copy of the gradient, as of one that is the same at all pixels, becomes a result in place: a
+  // value is read before it is written, by the thread that writes it.
+  const bool copied = grad_y.const_data_ptr() != grad_y_in.const_data_ptr();
+  const at::Tensor absent = at::empty({0}, x.options());
+  const at::Tensor grad_residual = !wants_residual ? absent : copied ? grad_y : empty_like(x);
+  const at::Tensor grad_x =
+      !wants_x ? absent : copied && !wants_residual ? grad_y : empty_like(x);
   if (x.numel() > 0 && (wants_x || wants_residual)) {
     void* to_x = wants_x ? grad_x.mutable_data_ptr() : nullptr;
     void* to_residual = wants_residual ? grad_residual.mutable_data_ptr() : nullptr;

@@ -178,13 +178,19 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
   const cpu::WinogradKernels& winograd = cpu::winograd_kernels(op, tile);
   const auto [wants_x, wants_gate, wants_weight, wants_bias, wants_residual] = output_mask;
   const bool sums = wants_x || wants_gate || wants_weight || wants_bias;
-  const NormBackward norm(grad_y.contiguous(kLast), u, mean, var, gate, weight, bias,
-                          aux_kind(act, has_residual) == AuxKind::kPreAct ? aux.contiguous(kLast)
-                                                                          : aux,
-                          act, has_residual, /*training=*/true, eps, sums, /*by_rows=*/true);
+  const AuxKind kept = aux_kind(act, has_residual);
+  const at::Tensor dense_grad = grad_y.contiguous(kLast);
+  const NormBackward norm(dense_grad, u, mean, var, gate, weight, bias,
+                          kept == AuxKind::kPreAct ? aux.contiguous(kLast) : aux, act,
+                          has_residual, /*training=*/true, eps, sums, /*by_rows=*/true);
 
   at::Tensor grad_x = at::empty({0}, u.options()), grad_residual = at::empty({0}, u.options());
-  if (wants_residual) grad_residual = cpu::empty(u.sizes(), at::kFloat, kLast);
+  // A mask can be applied twice: a copy of the gradient may become that of residual, before blocks
+  // read it at their edges.
+  const bool in_place = wants_residual && kept != AuxKind::kPreAct &&
+                        dense_grad.const_data_ptr() != grad_y.const_data_ptr();
+  if (wants_residual)
+    grad_residual = in_place ? dense_grad : cpu::empty(u.sizes(), at::kFloat, kLast);
   float* to_residual = wants_residual ? grad_residual.mutable_data_ptr<float>() : nullptr;
   const auto all_at_once = [&](float* grad_u) {
     if (u.numel() == 0) return;
@@ -192,6 +198,10 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
       norm.apply(begin, end, grad_u, to_residual);
     });
   };
+  if (in_place) {
+    all_at_once(nullptr);
+    to_residual = nullptr;
+  }
   if (wants_x) {
     const at::Tensor dense_weight = conv_weight.contiguous(kLast);
     const cpu::WinogradShape shape = cpu::winograd_shape(
@@ -224,7 +234,7 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
       pass.x = data_of(grad_u);
       cpu::run_winograd(pass);
     }
-  } else if (wants_residual) {
+  } else if (wants_residual && !in_place) {
     all_at_once(nullptr);
   }
   const auto wanted = [&](bool wants, const cpu::Channels& values) {

@@ -1,5 +1,6 @@
 """The fused operators, usable alone: ``bn_gate_act``, ``frozen_conv``, ``winograd_conv``,
-``conv_bn_gate_act``, ``conv_bn_gate_act_branch``, ``max_pool`` and ``gate_step_``.
+``conv_bn_gate_act``, ``conv_bn_gate_act_branch``, ``recomputed_conv_bn_gate_act``, ``max_pool`` and
+``gate_step_``.
 
 Each has a twin of the same name and signature in :mod:`pfs_fast.ops.reference`, in plain PyTorch.
 The functions here run the compiled kernels and nothing else: without them the first call raises
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pfs_fast._library import require_ops
 from pfs_fast.ops import _registration as _registration
+from pfs_fast.ops._recomputed import RecomputedConvNormFunction as _RecomputedConvNorm
 from pfs_fast.ops.reference import update_running_stats as _update_running_stats
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "frozen_conv",
     "gate_step_",
     "max_pool",
+    "recomputed_conv_bn_gate_act",
     "winograd_conv",
 ]
 
@@ -361,6 +364,82 @@ def conv_bn_gate_act_branch(
     )
     _track(running_mean, running_var, mean, var, y, momentum)
     return y, branch
+
+
+def recomputed_conv_bn_gate_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    momentum: float | None = None,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """``bn_gate_act(frozen_conv(x, ...), ...)`` that keeps x, and convolves again in the backward pass.
+
+    For layers that make large tensors of small ones with little work: the first of a network, and
+    the 1x1 convolutions of shortcuts, of whose input only the pixels that they read are kept.
+    Values and gradients are those of the two operators. Differentiable once in ``x``, ``gate``,
+    ``weight`` and ``bias``.
+
+    Args:
+        x: Input. [N, C_in, *spatial], 3 to 5 dimensions, a dtype of both operators.
+        conv_weight: Kernel. [C, C_in / groups, *kernel], dtype of x; without gradient.
+        conv_bias: Shift of the convolution, or None. [C], dtype of x; without gradient.
+        gate: Channel gates. [C], float64 if x is float64, else float32. None is 1.
+        weight: Scale of the normalisation. [C], dtype as gate. None is 1.
+        bias: Shift of the normalisation. [C], dtype as gate. None is 0.
+        running_mean: Moved towards the mean of the batch, in place, with momentum. [C], dtype as
+            gate.
+        running_var: Likewise. [C], dtype as gate.
+        stride: As in ``frozen_conv``.
+        padding: Likewise.
+        dilation: Likewise.
+        groups: Likewise.
+        momentum: As in ``bn_gate_act``.
+        eps: Added to the variance.
+        act: "identity", "relu", "relu6", "silu" or "hardswish".
+
+    Returns:
+        y. [N, C, *spatial_out], dtype and layout as ``frozen_conv`` gives it.
+
+    Raises:
+        ValueError: A shape, device or option does not fit; one value per channel.
+        TypeError: A dtype does not fit.
+        BackendError: The compiled operators are missing.
+
+    Example:
+        >>> import torch
+        >>> from pfs_fast.ops import recomputed_conv_bn_gate_act
+        >>> gate = torch.ones(24, requires_grad=True)
+        >>> images, kernel = torch.randn(8, 3, 32, 32), torch.randn(24, 3, 3, 3)
+        >>> recomputed_conv_bn_gate_act(images, kernel, gate=gate, padding=1).shape
+        torch.Size([8, 24, 32, 32])
+    """
+    require_ops()
+    dims = x.dim() - 2
+    y, mean, var = _RecomputedConvNorm.apply(
+        x,
+        conv_weight.detach(),
+        None if conv_bias is None else conv_bias.detach(),
+        gate,
+        weight,
+        bias,
+        (*(_per_dimension(value, dims) for value in (stride, padding, dilation)), groups),
+        eps,
+        act,
+    )
+    _track(running_mean, running_var, mean, var, y, momentum)
+    return y
 
 
 def _track(

@@ -192,6 +192,30 @@ def conv_bn_gate_act_branch(
     return conv_bn_gate_act(x, *layers, **options), x
 
 
+def recomputed_conv_bn_gate_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    momentum: float | None = None,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """The convolution and its norm; see :func:`pfs_fast.ops.recomputed_conv_bn_gate_act`."""
+    u = frozen_conv(x, conv_weight, conv_bias, stride, padding, dilation, groups)
+    options = {"training": True, "momentum": momentum, "eps": eps, "act": act}
+    return bn_gate_act(u, gate, weight, bias, None, running_mean, running_var, **options)
+
+
 @torch.no_grad()
 def gate_step_(
     gates: Tensor,
