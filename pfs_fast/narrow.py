@@ -277,6 +277,9 @@ def _in_format_of(tensor: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
             layout = channels_last
     if tensor.stride() == _strides(tensor.shape, torch.contiguous_format):
         layout = torch.contiguous_format
+    own = taken.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+    if own and taken.stride() == _strides(taken.shape, layout):
+        return taken
     return torch.empty(
         taken.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout
     ).copy_(taken)

@@ -68,8 +68,9 @@ def slim(
         from .verify import verify as prove
 
         prove(model, None, structure, example_input)
-    narrow = copy.deepcopy(model)
-    narrow_layers("slim", narrow, _plan(narrow, structure))
+    plan = _plan(model, structure)
+    narrow = _copy_to_narrow(model, plan)
+    narrow_layers("slim", narrow, plan)
     if weights == "fresh":
         initialise(narrow, seed=seed)
     narrow.pfs_structure = structure.to_json()
@@ -88,8 +89,7 @@ def narrow_to(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.M
         ModelError: For a wrapped or compiled model.
     """
     require_plain("narrow_to", model)
-    narrow = copy.deepcopy(model)
-    modules = layers_by_name(narrow, layers)
+    modules = layers_by_name(model, layers)
     plan: dict[str, Kept] = {}
     for name, entry in layers.items():
         module = modules.get(name)
@@ -108,8 +108,17 @@ def narrow_to(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.M
         kept = _leading_channels(name, module, entry)
         if (entry["in"], entry["out"]) != (width_in, width_out):
             plan[name] = kept
+    narrow = _copy_to_narrow(model, plan)
     narrow_layers("narrow_to", narrow, plan)
     return narrow
+
+
+def _copy_to_narrow(model: nn.Module, plan: Mapping[str, Kept]) -> nn.Module:
+    """A deep copy but for the weights that narrowing replaces, which are the model's own until then: most of the memory."""
+    modules = layers_by_name(model, plan)
+    replaced = [modules[name] for name in plan if isinstance(modules[name], nn.Module)]
+    weights = [module._parameters.get("weight") for module in replaced]
+    return copy.deepcopy(model, {id(weight): weight for weight in weights if weight is not None})
 
 
 def _plan(model: nn.Module, structure: Structure) -> dict[str, Kept]:

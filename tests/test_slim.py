@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
+from benchmarks.footprint import peak_bytes
 from pfs_fast.errors import ConfigError, ModelError, StructureError
 from pfs_fast.slim import narrow_to, slim
 from pfs_fast.structure import Structure
@@ -140,6 +141,40 @@ def test_slim_weights_do_not_share_memory_with_the_model():
     narrow.fc.weight.data.zero_()
     narrow.conv.weight.data.zero_()
     assert model.fc.weight.any() and model.conv.weight.any()
+
+
+def test_slim_takes_no_more_memory_than_the_slim_network():
+    model = nn.Sequential(nn.Linear(512, 2048), nn.Linear(2048, 512))
+    kept = tuple(range(0, 2048, 4))
+    s = structure({"0": kept}, {"1": kept}, {"0": (512, 2048), "1": (2048, 512)})
+    sizes = [p.numel() * 4 for p in slim(model, s, "inherit").parameters()]
+    peak = peak_bytes(lambda: slim(model, s, "inherit"), torch.device("cpu"))
+    assert peak < 1.6 * sum(sizes)  # and one weight with two of its dimensions to take
+
+
+def test_slim_copies_what_it_does_not_narrow():
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 4)
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale
+
+    model = nn.Sequential(nn.Linear(3, 6), Scaled(), nn.Linear(4, 2))
+    kept = (1, 4)
+    s = structure({"0": kept}, {"1": kept}, {"0": (3, 6), "1": (6, 4)})
+    mine = {p.data_ptr() for p in model.parameters()}
+    assert not mine & {p.data_ptr() for p in slim(model, s, "inherit").parameters()}
+
+
+def test_a_refused_cut_leaves_the_model_alone():
+    model = Net()
+    before = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    with pytest.raises(StructureError):  # channels 0 and 1 are of one group
+        slim(model, structure({"grouped": (0, 1)}, {}, {"grouped": (8, 12)}))
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
 
 
 @pytest.mark.parametrize(
