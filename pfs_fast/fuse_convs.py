@@ -7,7 +7,17 @@ from types import ModuleType
 
 from torch import fx, nn
 
-from .gated_layers import BranchedConvNorm, FrozenConv, FusedConvNorm, FusedNorm, RecomputedConvNorm
+from .gated_layers import (
+    BranchedConvNorm,
+    ChainedConvNorm,
+    FrozenConv,
+    FusedConvNorm,
+    FusedNorm,
+    RecomputedConvNorm,
+)
+
+MANY_CONVS = 40
+"""Convolutions of a network of which two more in the backward pass are a small part."""
 
 
 def fuse_convs(net: fx.GraphModule, ops: ModuleType) -> None:
@@ -47,9 +57,34 @@ def fuse_convs(net: fx.GraphModule, ops: ModuleType) -> None:
             net.add_submodule(fused[places], modules[fused[places]])
         node.target, node.args = fused[places], (source.args[0], *node.args[1:])
         net.graph.erase_node(source)
+    _chain_first(net, modules, ops)
     _pass_inputs_on(net, modules, ops)
     net.graph.lint()
     net.recompile()
+
+
+def _chain_first(net: fx.GraphModule, modules: dict[str, nn.Module], ops: ModuleType) -> None:
+    """Lets the first gated layer keep the images, where it and the layer before it are two of many."""
+    if sum(isinstance(module, FrozenConv) for module in net.modules()) < MANY_CONVS:
+        return
+    for node in list(net.graph.nodes):
+        layer = _module(node, modules)
+        if type(layer) is not FusedConvNorm or len(node.args) != 1:
+            continue
+        source = node.args[0]
+        first = _module(source, modules)
+        if type(first) is not RecomputedConvNorm or first.norm.gated or not first.pays():
+            continue
+        if source.args[0].op != "placeholder" or len(source.args) != 1:
+            continue
+        if sum(user.target == node.target for user in net.graph.nodes) > 1:
+            continue  # called elsewhere, with an input of its own
+        name = f"_chained{node.target}"
+        while name in modules:
+            name += "_"
+        modules[name] = ChainedConvNorm(first, layer.layer, layer.norm, ops)
+        net.add_submodule(name, modules[name])
+        node.target, node.args = name, (source, source.args[0])
 
 
 def _pass_inputs_on(net: fx.GraphModule, modules: dict[str, nn.Module], ops: ModuleType) -> None:

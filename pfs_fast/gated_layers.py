@@ -191,6 +191,54 @@ class RecomputedConvNorm(FusedConvNorm):
         return conv.out_channels - kept >= MIN_SAVED * products
 
 
+class ChainedConvNorm(FusedConvNorm):
+    """The first gated layer behind one without gates: it keeps the images, and both are made again in the backward pass.
+
+    Args:
+        first: The layer that reads the images.
+        conv: The convolution that reads its output.
+        norm: What follows.
+        ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
+    """
+
+    def __init__(
+        self, first: RecomputedConvNorm, conv: FrozenConv, norm: FusedNorm, ops: ModuleType
+    ) -> None:
+        super().__init__(conv, norm, ops)
+        self.first = first
+
+    def forward(self, input: Tensor, images: Tensor) -> Tensor:
+        norm = self.norm
+        if input.requires_grad or not (norm.uses_batch and self.first.norm.uses_batch):
+            return super().forward(input)
+        return self._ops.recomputed_bn_gate_act(
+            self.layer(input),
+            self._again,
+            images,
+            norm.gate,
+            norm.bn.weight,
+            norm.bn.bias,
+            norm.bn.running_mean,
+            norm.bn.running_var,
+            momentum=norm.momentum(),
+            eps=norm.bn.eps,
+            act=norm.act,
+        )
+
+    def _again(self, images: Tensor) -> Tensor:
+        norm = self.first.norm
+        made = self._ops.bn_gate_act(
+            self.first.layer(images),
+            None,
+            norm.bn.weight,
+            norm.bn.bias,
+            training=True,
+            eps=norm.bn.eps,
+            act=norm.act,
+        )
+        return self.layer(made)
+
+
 class GatedOutput(nn.Module):
     """A layer without batch norm, its output channels multiplied by gates."""
 

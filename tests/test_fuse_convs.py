@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pfs_fast as pfs
+from benchmarks.footprint import saved_bytes
 from pfs_fast import fuse_convs, ops
-from pfs_fast.gated_layers import BranchedConvNorm, FrozenConv, RecomputedConvNorm
+from pfs_fast.gated_layers import BranchedConvNorm, ChainedConvNorm, FrozenConv, RecomputedConvNorm
 from pfs_fast.plan import prepare
 
 
@@ -74,6 +77,47 @@ def test_gradients_stay_what_they_are(model, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_recomputes_what_is_cheap(layer: nn.Conv2d, pays: bool) -> None:
     assert RecomputedConvNorm(FrozenConv(layer, ops), nn.Identity(), ops).pays() is pays
+
+
+def test_the_first_gated_layer_of_a_deep_network_keeps_the_images() -> None:
+    nets = [
+        prepare(
+            model,
+            torch.randn(8, 3, 16, 16),
+            pfs.Budget(0.5),
+            pfs.SearchConfig(precision="fp32"),
+            device=torch.device("cpu"),
+        ).loop.network.train_net
+        for model in (pfs.models.resnet56(), pfs.models.resnet20())
+    ]
+    chained = [[m for m in net.modules() if type(m) is ChainedConvNorm] for net in nets]
+    assert [len(found) for found in chained] == [1, 0]
+
+
+@pytest.mark.parametrize("track", [False, True])
+def test_chained_layers_change_no_gradient(track: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network, images = pfs.models.resnet20(expansion=0.5), torch.randn(16, 3, 16, 16)
+    labels = torch.randint(10, (16,))
+    grads, statistics, kept = [], [], []
+    for least in (10**9, 0):
+        monkeypatch.setattr(fuse_convs, "MANY_CONVS", least)
+        config = pfs.SearchConfig(precision="fp64", compact=False)
+        options = {"device": torch.device("cpu"), "track_stats": track}
+        loop = prepare(copy.deepcopy(network), images, pfs.Budget(0.5), config, **options).loop
+        loop.state.gates.values.copy_(torch.linspace(0.3, 1.0, loop.num_gates))
+        placed = loop.place(images)
+        kept.append(saved_bytes(lambda: loop.network(placed), without=loop.network.parameters()))  # noqa: B023
+        loop.bank.zero_grad()
+        nn.functional.cross_entropy(loop.network(placed), labels).backward()
+        grads.append(loop.bank.grad.clone())
+        norms = (m for m in loop.network.modules() if isinstance(m, nn.BatchNorm2d))
+        statistics.append(torch.cat([norm.running_mean for norm in norms]))
+    assert kept[0] - kept[1] == 16 * 8 * 16 * 16 * 8 - images.numel() * 8
+    assert grads[0].norm() > 0
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(*statistics, rtol=1e-12, atol=1e-12)
+    assert statistics[0].any() == track
 
 
 def test_shortcuts_and_the_first_layer_are_recomputed() -> None:

@@ -1,6 +1,6 @@
 """The fused operators, usable alone: ``bn_gate_act``, ``frozen_conv``, ``winograd_conv``,
-``conv_bn_gate_act``, ``conv_bn_gate_act_branch``, ``recomputed_conv_bn_gate_act``, ``max_pool`` and
-``gate_step_``.
+``conv_bn_gate_act``, ``conv_bn_gate_act_branch``, ``recomputed_bn_gate_act``,
+``recomputed_conv_bn_gate_act``, ``max_pool`` and ``gate_step_``.
 
 Each has a twin of the same name and signature in :mod:`pfs_fast.ops.reference`, in plain PyTorch.
 The functions here run the compiled kernels and nothing else: without them the first call raises
@@ -9,12 +9,15 @@ The functions here run the compiled kernels and nothing else: without them the f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pfs_fast._library import require_ops
 from pfs_fast.ops import _registration as _registration
 from pfs_fast.ops._recomputed import RecomputedConvNormFunction as _RecomputedConvNorm
+from pfs_fast.ops._recomputed import RecomputedNormFunction as _RecomputedNorm
 from pfs_fast.ops.reference import update_running_stats as _update_running_stats
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "frozen_conv",
     "gate_step_",
     "max_pool",
+    "recomputed_bn_gate_act",
     "recomputed_conv_bn_gate_act",
     "winograd_conv",
 ]
@@ -364,6 +368,63 @@ def conv_bn_gate_act_branch(
     )
     _track(running_mean, running_var, mean, var, y, momentum)
     return y, branch
+
+
+def recomputed_bn_gate_act(
+    x: Tensor,
+    again: Callable[[Tensor], Tensor],
+    source: Tensor,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    momentum: float | None = None,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """``bn_gate_act`` of a constant x that keeps what x was made of, and makes x again in the backward pass.
+
+    For the first layers of a network, whose large outputs follow from the images by little work.
+    Differentiable once in ``gate``, ``weight`` and ``bias``; x gets no gradient.
+
+    Args:
+        x: ``again(source)``, without gradient. As in ``bn_gate_act``.
+        again: Makes x, the same at every call; called in the backward pass under the autocast of
+            the forward pass. It must not change anything, running statistics for one.
+        source: What x was made of.
+        gate: As in ``bn_gate_act``.
+        weight: Likewise.
+        bias: Likewise.
+        running_mean: Moved towards the mean of the batch, in place, with momentum.
+        running_var: Likewise.
+        momentum: As in ``bn_gate_act``.
+        eps: Likewise.
+        act: Likewise.
+
+    Returns:
+        y. Shape, dtype and layout as of ``bn_gate_act``.
+
+    Raises:
+        ValueError: A shape, device or option does not fit; x wants a gradient.
+        TypeError: A dtype does not fit.
+        BackendError: The compiled operators are missing.
+
+    Example:
+        >>> import torch
+        >>> from pfs_fast.ops import recomputed_bn_gate_act
+        >>> images, gate = torch.randn(8, 3, 4, 4), torch.ones(3, requires_grad=True)
+        >>> recomputed_bn_gate_act(images.sin(), torch.sin, images, gate).sum().backward()
+    """
+    require_ops()
+    if x.requires_grad:
+        raise ValueError(
+            "recomputed_bn_gate_act: x must be a constant, got one that wants a gradient; use bn_gate_act"
+        )
+    y, mean, var = _RecomputedNorm.apply(x, again, source, gate, weight, bias, eps, act)
+    _track(running_mean, running_var, mean, var, y, momentum)
+    return y
 
 
 def recomputed_conv_bn_gate_act(

@@ -1,8 +1,9 @@
-"""A convolution and its norm that keep the convolution's input for the backward pass, and convolve again there."""
+"""Norms that keep what their input was made of for the backward pass, and make it again there."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +35,7 @@ class RecomputedConvNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = torch.ops.pfs_fast
         kept, kept_options = _pixels_read(x, conv_weight, conv_options)
-        # As it was here: the convolution of the backward pass must be this one.
-        ctx.autocast = {
-            "device_type": x.device.type,
-            "dtype": torch.get_autocast_dtype(x.device.type),
-            "enabled": torch.is_autocast_enabled(x.device.type),
-        }
+        ctx.autocast = _autocast(x)
         u = kernels.frozen_conv(kept, conv_weight, conv_bias, *kept_options)
         y, mean, var, aux = kernels.bn_gate_act(
             u, gate, weight, bias, None, None, None, True, eps, act
@@ -59,21 +55,17 @@ class RecomputedConvNormFunction(torch.autograd.Function):
         wants_x, _, _, *wants_channels = ctx.needs_input_grad[:6]
         with torch.autocast(**ctx.autocast):
             u = kernels.frozen_conv(kept, conv_weight, conv_bias, *ctx.kept_options)
-        channels = [None if t is None else t.to(mean.dtype) for t in (gate, weight, bias)]
-        grad_u, *grads, _ = kernels._bn_gate_act_backward(
+        grad_u, grads = _norm_backward(
             grad_y,
             u,
             mean,
             var,
-            *channels,
             aux,
-            *ctx.norm_options,
-            [wants_x, *wants_channels, False],
+            (gate, weight, bias),
+            ctx.norm_options,
+            wants_x,
+            wants_channels,
         )
-        grads = [
-            grad.to(t.dtype) if wants else None
-            for grad, t, wants in zip(grads, (gate, weight, bias), wants_channels, strict=True)
-        ]
         grad_x = None
         if wants_x:
             low_weight = conv_weight.to(grad_u.dtype)
@@ -81,6 +73,74 @@ class RecomputedConvNormFunction(torch.autograd.Function):
             grad_x = kernels._frozen_conv_backward(grad_u, low_weight, shape, *ctx.conv_options)
             grad_x = grad_x.to(dtype).contiguous(memory_format=layout)
         return grad_x, None, None, *grads, None, None, None
+
+
+class RecomputedNormFunction(torch.autograd.Function):
+    """``bn_gate_act(x)`` of an x without gradient. See ``ops.recomputed_bn_gate_act``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        again: Callable[[Tensor], Tensor],
+        source: Tensor,
+        gate: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        act: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var, aux = torch.ops.pfs_fast.bn_gate_act(
+            x, gate, weight, bias, None, None, None, True, eps, act
+        )
+        ctx.save_for_backward(source, gate, weight, bias, mean, var, aux)
+        ctx.autocast, ctx.again, ctx.norm_options = _autocast(x), again, (True, eps, act, False)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        source, gate, weight, bias, mean, var, aux = ctx.saved_tensors
+        with torch.autocast(**ctx.autocast):
+            x = ctx.again(source)
+        wants = ctx.needs_input_grad[3:6]
+        _, grads = _norm_backward(
+            grad_y, x, mean, var, aux, (gate, weight, bias), ctx.norm_options, False, wants
+        )
+        return None, None, None, *grads, None, None
+
+
+def _autocast(x: Tensor) -> dict[str, Any]:
+    """Autocast as it is now: what the backward pass makes again must be the same."""
+    kind = x.device.type
+    return {
+        "device_type": kind,
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+    }
+
+
+def _norm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    aux: Tensor,
+    channels: Sequence[Tensor | None],
+    options: tuple[bool, float, str, bool],
+    wants_x: bool,
+    wants: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of a norm's input, and of gate, weight and bias where they are wanted."""
+    full = [None if t is None else t.to(mean.dtype) for t in channels]
+    grad_x, *grads, _ = torch.ops.pfs_fast._bn_gate_act_backward(
+        grad_y, x, mean, var, *full, aux, *options, [wants_x, *wants, False]
+    )
+    return grad_x, [
+        grad.to(t.dtype) if wanted else None
+        for grad, t, wanted in zip(grads, channels, wants, strict=True)
+    ]
 
 
 def _pixels_read(x: Tensor, conv_weight: Tensor, options: Options) -> tuple[Tensor, Options]:

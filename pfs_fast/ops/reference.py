@@ -192,6 +192,25 @@ def conv_bn_gate_act_branch(
     return conv_bn_gate_act(x, *layers, **options), x
 
 
+def recomputed_bn_gate_act(
+    x: Tensor,
+    again: Callable[[Tensor], Tensor],
+    source: Tensor,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    momentum: float | None = None,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """``bn_gate_act`` of x, which is kept; see :func:`pfs_fast.ops.recomputed_bn_gate_act`."""
+    options = {"training": True, "momentum": momentum, "eps": eps, "act": act}
+    return bn_gate_act(x.detach(), gate, weight, bias, None, running_mean, running_var, **options)
+
+
 def recomputed_conv_bn_gate_act(
     x: Tensor,
     conv_weight: Tensor,

@@ -1,4 +1,4 @@
-"""recomputed_conv_bn_gate_act is its two halves, with the input kept in place of the output."""
+"""The recomputed operators are their parts, with what these are made of kept in place of their outputs."""
 
 from __future__ import annotations
 
@@ -130,3 +130,49 @@ def test_bad_input_names_the_argument() -> None:
         ops.recomputed_conv_bn_gate_act(x, weight, gate=torch.ones(7), **options)
     with pytest.raises(TypeError, match="weight"):
         ops.recomputed_conv_bn_gate_act(x, weight.double(), **options)
+
+
+def chain(operators) -> tuple[Tensor, dict]:
+    """A norm of a wide, constant map made of narrow images."""
+    torch.manual_seed(0)
+    images, weight = torch.randn(6, 3, 12, 12), torch.randn(24, 3, 3, 3)
+    channels = {name: torch.rand(24).requires_grad_() for name in CHANNELS}
+
+    def again(source: Tensor) -> Tensor:
+        return operators.frozen_conv(source, weight, None, padding=1).relu()
+
+    return operators.recomputed_bn_gate_act(again(images), again, images, **channels), channels
+
+
+def test_norm_of_a_constant_is_bn_gate_act_and_its_twin() -> None:
+    results = []
+    for operators in (ops, reference):
+        y, channels = chain(operators)
+        torch.manual_seed(1)
+        results.append((y, *torch.autograd.grad(y, [*channels.values()], torch.randn(y.shape))))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_norm_of_a_constant_keeps_its_source() -> None:
+    assert saved_bytes(lambda: chain(ops)[0]) == 6 * 3 * 12 * 12 * 4
+
+
+def test_norm_of_a_constant_makes_it_again_under_the_same_autocast() -> None:
+    seen = []
+
+    def again(source: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return source * 2
+
+    source, gate = torch.randn(4, 3, 5, 5), torch.ones(3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.recomputed_bn_gate_act(again(source), again, source, gate)
+    y.sum().backward()
+    assert seen == [True, True]
+
+
+def test_norm_of_a_constant_refuses_what_is_none() -> None:
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    with pytest.raises(ValueError, match="x must be a constant"):
+        ops.recomputed_bn_gate_act(x, lambda source: source, x)
