@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import pfs_fast as pfs
-from benchmarks.experiments.ranking_rules import RULES, Measured
+from benchmarks.experiments.ranking_rules import RULES, Measured, rule_of
 from pfs_fast.cost import CostModel
 from pfs_fast.files import write_text_atomic
 from pfs_fast.groups import ChannelGroups
@@ -40,7 +41,7 @@ def network(name: str, seed: int) -> nn.Module:
 
 
 def loaders(
-    path: Path, images: int, seed: int
+    path: Path, images: int, batch: int, seed: int
 ) -> tuple[pfs.data.DeviceLoader, pfs.data.DeviceLoader]:
     """The first ``images`` training images, and all test images."""
     data = np.load(path)
@@ -48,7 +49,7 @@ def loaders(
     train = pfs.data.DeviceLoader(
         data["x_train"][:images],
         data["y_train"][:images],
-        128,
+        batch,
         train=True,
         seed=seed,
         drop_last=True,
@@ -126,7 +127,7 @@ def groups_of(name: str, seed: int) -> ChannelGroups:
 
 
 def structure(found: Measured, rule: str, share: float) -> Structure:
-    score = RULES[rule](found)
+    score = rule_of(rule)(found)
     model = CostModel(found.groups)
     limits = pfs.Budget(share).resolve(model.base)
     nobody_died = np.full(found.groups.num_units, -1)
@@ -135,8 +136,9 @@ def structure(found: Measured, rule: str, share: float) -> Structure:
 
 
 def train_one(arguments: argparse.Namespace, name: str, seed: int, share: float, rule: str) -> dict:
-    train, test = loaders(arguments.data, arguments.images, seed)
-    found = measured(arguments.out, name, seed, train, arguments.steps, arguments.target)
+    searched, _ = loaders(arguments.data, arguments.images, 128, seed)
+    train, test = loaders(arguments.data, arguments.images, arguments.batch, seed)
+    found = measured(arguments.out, name, seed, searched, arguments.steps, arguments.target)
     cut = structure(found, rule, share)
     slim = pfs.slim(network(name, seed), cut, seed=seed)
     started = time.perf_counter()
@@ -153,6 +155,7 @@ def train_one(arguments: argparse.Namespace, name: str, seed: int, share: float,
         "params": cut.params,
         "widths": [len(kept) for kept in cut.kept.values()],
         "images": arguments.images,
+        "batch": arguments.batch,
         "epochs": arguments.epochs,
         "steps": arguments.steps,
         "target": arguments.target,
@@ -176,7 +179,7 @@ def report(rows: list[dict]) -> str:
         ]
         by_rule: dict[str, list[dict]] = {}
         for row in here:
-            by_rule.setdefault(row["rule"].split("-")[0], []).append(row)
+            by_rule.setdefault(re.sub(r"^random-.*", "random", row["rule"]), []).append(row)
         for rule, own in sorted(
             by_rule.items(), key=lambda item: -np.mean([r["accuracy"] for r in item[1]])
         ):
@@ -189,6 +192,18 @@ def report(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def rule_name(text: str) -> str:
+    """A rule's name as the command line gives it."""
+    try:
+        rule_of(text)
+    except KeyError:
+        known = ", ".join(RULES)
+        raise argparse.ArgumentTypeError(
+            f"must be one of {known}, or share:gates|early|late^P/macs^C, got {text}"
+        ) from None
+    return text
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help=".npz file with x_train, y_train, x_test, y_test")
@@ -196,11 +211,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--network", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.3])
-    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
+    parser.add_argument("--rules", nargs="+", default=list(RULES), type=rule_name)
     parser.add_argument("--steps", type=int, default=1000, help="steps of the search")
     parser.add_argument("--target", type=float, default=0.5, help="share of gates of the search")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each training")
     parser.add_argument("--images", type=int, default=15000, help="training images")
+    parser.add_argument("--batch", type=int, default=64, help="images of a training step")
     parser.add_argument("--worker", default="0/1", metavar="I/N", help="take every N-th training")
     parser.add_argument("--report", action="store_true", help="only print the table")
     chosen = parser.parse_args()

@@ -6,6 +6,7 @@ same limits exactly.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,13 +74,26 @@ def _random(draw: int) -> Callable[[Measured], np.ndarray]:
 
     def rule(m: Measured) -> np.ndarray:
         generator = np.random.default_rng(draw)
-        weight = np.repeat(
-            generator.uniform(0.1, 1.0, len(m.groups.groups)), [g.size for g in m.groups.groups]
+        return _in_proportion(m, generator.uniform(0.1, 1.0, len(m.groups.groups)))
+
+    return rule
+
+
+def _in_proportion(m: Measured, weights: np.ndarray) -> np.ndarray:
+    """Every group keeps a share of its channels in proportion to its weight, at most all of them."""
+    rank = (1.0 - _uniform(m)) / np.repeat(weights, [g.size for g in m.groups.groups])
+    return 1.0 - rank / (1.0 + rank.max())
+
+
+def _mean_in_proportion(which: str, power: float, cost: float) -> Callable[[Measured], np.ndarray]:
+    """Shares in proportion to ``(mean of the group)^power / macs^cost``."""
+
+    def rule(m: Measured) -> np.ndarray:
+        measured, macs = getattr(m, which), m.marginal_macs()
+        spans = [slice(g.start, g.start + g.size) for g in m.groups.groups]
+        return _in_proportion(
+            m, np.array([measured[s].mean() ** power / macs[s][0] ** cost for s in spans])
         )
-        rank = (
-            1.0 - _uniform(m)
-        ) / weight  # a group keeps a share of its channels in proportion to its weight
-        return 1.0 - rank / (1.0 + rank.max())
 
     return rule
 
@@ -134,3 +148,13 @@ RULES: dict[str, Callable[[Measured], np.ndarray]] = {
     "early/macs": _saliency("early", 1.0),
     "late/macs^0.5": _saliency("late", 0.5),
 }
+
+
+def rule_of(name: str) -> Callable[[Measured], np.ndarray]:
+    """One of `RULES`, or ``share:WHAT^P/macs^C``: shares of the groups in proportion to a mean to a power over MACs to another.
+
+    Raises:
+        KeyError: No such rule.
+    """
+    found = re.fullmatch(r"share:(gates|early|late)\^([\d.]+)/macs\^([\d.]+)", name)
+    return _mean_in_proportion(found[1], float(found[2]), float(found[3])) if found else RULES[name]
