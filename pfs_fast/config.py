@@ -17,7 +17,6 @@ PRECISIONS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-RANKINGS = ("gates", "shares")
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,6 @@ class SearchConfig:
         target: r, the mean gate aimed at, in (0, 1]. None: the budget's share.
         gate_init: Value of every gate at the start, in (0, 1].
         scope: ``"paper"``: gates where the paper has them, residual streams whole. ``"all"``: every prunable group.
-        ranking: Which channels a structure keeps. ``"gates"``: those with the largest gates of the whole network, the paper's
-            rule. ``"shares"``: of each group a share that grows with its mean gate and falls with what its channels cost, the
-            largest gates first. ``"auto"``: gates for scope "paper", shares for scope "all".
         precision: Of convolutions and activations: ``"fp64"``, ``"fp32"``, ``"bf16"``, ``"fp16"``; ``"auto"``: bf16 where
             the device computes it natively, else fp32. Statistics and gates are float32 at least.
         backend: ``"fused"``: the compiled operators. ``"reference"``: plain PyTorch. ``"auto"``: fused; an error, not a
@@ -74,7 +70,6 @@ class SearchConfig:
     target: float | None = None
     gate_init: float = 1.0
     scope: str = "paper"
-    ranking: str = "auto"
     precision: str = "auto"
     backend: str = "auto"
     compact: bool = True
@@ -110,7 +105,6 @@ class SearchConfig:
                     f"SearchConfig: {name} must be True or False, got {getattr(self, name)!r}"
                 )
         _choice("scope", self.scope, ("paper", "all"))
-        _choice("ranking", self.ranking, ("auto", *RANKINGS))
         _choice("precision", self.precision, ("auto", *PRECISIONS))
         _choice("backend", self.backend, ("auto", "fused", "reference"))
         _choice("select", self.select, ("last", "best"))

@@ -110,17 +110,6 @@ class CostModel:
         """Output and input channels of every layer, (out, in) of the first, of the second, ..."""
         return Axes([units for la in self.groups.layers for units in (la.out_units, la.in_units)])
 
-    @cached_property
-    def marginal_macs(self) -> np.ndarray:
-        """MACs that one more channel costs in the whole network, by layers that write and read it. [num_units], float64."""
-        sizes = np.bincount(self._class_of_unit, minlength=self._num_classes)
-        width = (self._weights @ sizes + self._fixed).astype(np.float64)
-        inputs = np.where(self._depthwise, 1.0, width[self._in])
-        per_pair = self._macs / self._divisor
-        by_out = (per_pair * inputs) @ self._weights[self._out]
-        read = np.where(self._depthwise, 0.0, per_pair * width[self._out])
-        return (by_out + read @ self._weights[self._in])[self._class_of_unit]
-
     def evaluate(self, keep: np.ndarray) -> tuple[int, int]:
         """Cost of the network that keeps these units.
 

@@ -27,7 +27,6 @@ from .groups import ChannelGroups
 from .loop import SearchLoop
 from .meters import Meters, even_gates
 from .ops import reference as reference_ops
-from .ranking import ranking_of
 from .result import SearchResult
 from .scope import chosen_units, gate_sites, gated_groups
 from .stability import StabilityWatch
@@ -43,7 +42,7 @@ class Plan:
         groups: Gated groups.
         budget: As asked.
         reference: ``(macs, params)`` that shares refer to.
-        config: With target, precision, backend and ranking resolved.
+        config: With target, precision and backend resolved.
         loop: The state machine, at step 0.
         input_shape: Of one image.
         meters: What was measured to judge the budget.
@@ -110,7 +109,6 @@ def prepare(
         target=config.target or _target(limits, cost_model.evaluate(evenly), share_base),
         precision=next(name for name, value in PRECISIONS.items() if value == dtype),
         backend="reference" if kernels is reference_ops else "fused",
-        ranking=ranking_of(config),
     )
     gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     state = GateState.create(groups.num_units, config.gate_init, gate_dtype, device)
@@ -137,13 +135,7 @@ def prepare(
     watch = None
     if config.patience is not None:
         watch = StabilityWatch(
-            groups,
-            limits,
-            cost_model,
-            config.patience,
-            config.tolerance,
-            meters.gauges(limits),
-            config.ranking,
+            groups, limits, cost_model, config.patience, config.tolerance, meters.gauges(limits)
         )
     loop = SearchLoop(network, bank, config, kernels, dtype, compaction, watch)
     return Plan(model, groups, budget, share_base, config, loop, tuple(images.shape[1:]), meters)

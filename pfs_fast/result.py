@@ -19,7 +19,6 @@ from .errors import FileFormatError, ModelError
 from .files import read_safetensors, write_safetensors
 from .groups import ChannelGroup, ChannelGroups, Layer
 from .meters import Meters, needs_model
-from .ranking import ranked, ranking_of
 from .slim import slim as make_slim
 from .structure import Structure
 
@@ -36,7 +35,7 @@ class SearchResult:
         died_at: Step at which each gate reached 0, -1 where it did not. [G], int32, CPU.
         budget: The budget of the search.
         reference: ``(macs, params)`` that shares of a budget refer to.
-        config: Options of the search, with ``target``, ``precision``, ``backend`` and ``ranking`` as they were resolved.
+        config: Options of the search, with ``target``, ``precision`` and ``backend`` as they were resolved.
         history: One entry every ``config.log_every`` steps and at the end of each epoch: step, epoch, loss, accuracy,
             mean_gate, alive (share of non-zero gates), seconds; validation accuracy where a loader was given; with
             ``config.patience`` also structure_change and order_change as of the last look (``pfs_fast.stability.Change``).
@@ -58,9 +57,6 @@ class SearchResult:
         self._cost_model = CostModel(self.groups)
         self._structure: Structure | None = None
         self._meters: Meters | None = None
-        self._ranked: tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = (
-            None
-        )
 
     @property
     def gates(self) -> dict[str, Tensor]:
@@ -97,8 +93,9 @@ class SearchResult:
         """
         meters = self.meters
         limits = meters.limits(Budget.of(budget), self.reference)
-        keep, measured = meters.choose(*self._ranking(), limits)
-        solver.warn_of_dead_groups(self.groups, self.flat_gates.numpy(), keep)
+        gates, died_at = self._ranking()
+        keep, measured = meters.choose(gates, died_at, limits)
+        solver.warn_of_dead_groups(self.groups, gates, keep)
         checks = meters.checks(keep, limits, measured)
         return Structure.from_keep(self.groups, keep, self._cost_model, checks)
 
@@ -213,14 +210,7 @@ class SearchResult:
         )
 
     def _ranking(self) -> tuple[np.ndarray, np.ndarray]:
-        ranking, mine = ranking_of(self.config), (self.flat_gates.numpy(), self.died_at.numpy())
-        if ranking == "gates":
-            return mine
-        # Half of the time of a small network's structure_for: found again only for other gates.
-        if self._ranked is None or not all(map(np.array_equal, self._ranked[0], mine)):
-            seen = (mine[0].copy(), mine[1].copy())
-            self._ranked = (seen, ranked(ranking, self._cost_model, *mine))
-        return self._ranked[1]
+        return self.flat_gates.numpy(), self.died_at.numpy()
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -307,8 +297,7 @@ class SearchResult:
                 tensors["died_at"],
                 Budget(**meta["budget"]),
                 (int(meta["reference"][0]), int(meta["reference"][1])),
-                # Before there was a choice, every structure was cut by the order of the gates.
-                SearchConfig(**{"ranking": "gates", **meta["config"]}),
+                SearchConfig(**meta["config"]),
                 meta["history"],
                 model,
                 None if meta["input_shape"] is None else tuple(meta["input_shape"]),

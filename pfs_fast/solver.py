@@ -73,15 +73,6 @@ def rank(groups: ChannelGroups, gates: np.ndarray, died_at: np.ndarray) -> np.nd
     return np.lexsort((-death, -gates.astype(np.float64)))  # stable, so the index decides last
 
 
-def by_part(cost_model: CostModel, order: np.ndarray) -> list[np.ndarray]:
-    """The units of each part of the cost model, best first. ``order``: of all units, as ``rank`` gives it."""
-    part_of_unit = np.empty_like(order)
-    for index, part in enumerate(cost_model.parts):
-        part_of_unit[part.units] = index
-    together = order[np.argsort(part_of_unit[order], kind="stable")]
-    return np.split(together, np.cumsum([len(part.units) for part in cost_model.parts])[:-1])
-
-
 class Gauge(Protocol):
     """A cost that needs more than the cost model: it must never fall where channels are added."""
 
@@ -150,9 +141,15 @@ class Sweep:
         # worst[unit]: position of the worst member of the block that the unit enters with; blocks are ordered by it.
         worst = np.full(groups.num_units, groups.num_units, dtype=np.int64)  # never, until found
         is_step = np.zeros(groups.num_units, dtype=bool)
+        part_of_unit = np.empty_like(order)
+        for index, part in enumerate(self.cost_model.parts):
+            part_of_unit[part.units] = index
+        by_part = order[np.argsort(part_of_unit[order], kind="stable")]  # each part best first
+        start = 0
         bounds = unit_bounds(self.cost_model, self._rules)
-        parts = zip(self.cost_model.parts, bounds, by_part(self.cost_model, order), strict=True)
-        for part, (least, most), units in parts:
+        for part, (least, most) in zip(self.cost_model.parts, bounds, strict=True):
+            units = by_part[start : start + len(part.units)]
+            start += len(units)
             step = part.step(multiple_of)
             worst[units[:least]] = _ALWAYS
             blocks = units[least : least + (most - least) // step * step]

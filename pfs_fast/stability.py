@@ -12,7 +12,6 @@ from torch import Tensor
 from .budget import Limits
 from .cost import CostModel
 from .groups import ChannelGroups
-from .ranking import ranked
 from .solver import Gauge, Sweep, rank
 
 MIN_INTERVAL = 10
@@ -63,7 +62,6 @@ class StabilityWatch:
         patience: Steps over which nothing may change.
         tolerance: Largest ``Change.structure`` and ``Change.order`` that count as none.
         gauges: What predicts the limits that the cost model does not know. ``{cost: gauge}``.
-        ranking: By which rule a structure is cut from the gates.
 
     Attributes:
         every: Steps between two looks.
@@ -78,9 +76,8 @@ class StabilityWatch:
         patience: int,
         tolerance: float,
         gauges: Mapping[str, Gauge] | None = None,
-        ranking: str = "gates",
     ) -> None:
-        self._gauges, self._ranking = gauges, ranking
+        self._gauges = gauges
         self._groups, self._limits, self._cost_model = groups, limits, cost_model
         self._patience, self._tolerance = patience, tolerance
         self.every = max(MIN_INTERVAL, patience // LOOKS)
@@ -125,8 +122,9 @@ class StabilityWatch:
         order = rank(self._groups, gates, died_at)
         position = np.empty(len(order), dtype=np.int32)
         position[order] = np.arange(len(order), dtype=np.int32)
-        scores = ranked(self._ranking, self._cost_model, gates, died_at)
-        sweep = Sweep.within(self._groups, *scores, self._limits, self._cost_model, self._gauges)
+        sweep = Sweep.within(
+            self._groups, gates, died_at, self._limits, self._cost_model, self._gauges
+        )
         return sweep.largest(self._limits), position
 
     # -- checkpoint ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 import pfs_fast
 
 from ..budget import Budget
-from ..config import PRECISIONS, RANKINGS, SearchConfig
+from ..config import PRECISIONS, SearchConfig
 from ..files import write_text_atomic
 from ..result import SearchResult
 from ..scope import SCOPES
@@ -76,12 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SCOPES,
         default=defaults.scope,
         help="gates where the paper has them, or on all prunable groups (default: paper)",
-    )
-    parser.add_argument(
-        "--ranking",
-        choices=("auto", *RANKINGS),
-        default=defaults.ranking,
-        help="keep the largest gates of the network, or a share of each group (default: auto = gates for scope paper, else shares)",
     )
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default=defaults.precision)
     parser.add_argument(
@@ -209,7 +203,6 @@ def _config(arguments: argparse.Namespace, source: DataSpec) -> SearchConfig:
         "gamma",
         "target",
         "scope",
-        "ranking",
         "precision",
         "backend",
         "select",
