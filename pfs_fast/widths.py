@@ -15,7 +15,7 @@ from .groups import ChannelGroup, ChannelGroups
 
 # Below the vectors of a processor this package's convolutions pad outputs alone, and a pair of channels fewer is time saved.
 FINE_MULTIPLE = 2
-# Weights of a strided convolution up to which ``frozen_conv`` has a kernel of its own (csrc/cpu/direct_conv.cpp).
+# Weights of a strided or 1x1 convolution up to which ``frozen_conv`` has a kernel of its own (csrc/cpu/direct_conv.cpp).
 MAX_DIRECT_BYTES = 256 << 10
 
 
@@ -77,7 +77,7 @@ def width_rules(
 def _is_direct(conv: _ConvNd) -> bool:
     return (
         type(conv) is nn.Conv2d
-        and max(conv.stride) > 1
+        and (max(conv.stride) > 1 or conv.kernel_size == (1, 1))
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.weight.nbytes <= MAX_DIRECT_BYTES

@@ -99,13 +99,14 @@ BnGateActGrads bn_gate_act_backward_cpu(const at::Tensor& grad_y_in, const at::T
   const NormBackward backward(grad_y, x, mean, var, gate, weight, bias, aux, act, has_residual,
                               training, eps, sums);
 
-  // A copy of the gradient, as of one that is the same at all pixels, becomes a result in place: a
-  // value is read before it is written, by the thread that writes it.
-  const bool copied = grad_y.const_data_ptr() != grad_y_in.const_data_ptr();
-  const at::Tensor absent = at::empty({0}, x.options());
-  const at::Tensor grad_residual = !wants_residual ? absent : copied ? grad_y : empty_like(x);
+  // A copy of the gradient, as of one that is the same at all pixels, becomes a result in place: by
+  // rows each value is read and then written, once. By planes a tile reaches into the next plane.
+  const bool in_place = backward.layout().period > 0 &&
+                        grad_y.const_data_ptr() != grad_y_in.const_data_ptr();
+  const auto absent = [&] { return at::empty({0}, x.options()); };
+  const at::Tensor grad_residual = !wants_residual ? absent() : in_place ? grad_y : empty_like(x);
   const at::Tensor grad_x =
-      !wants_x ? absent : copied && !wants_residual ? grad_y : empty_like(x);
+      !wants_x ? absent() : in_place && !wants_residual ? grad_y : empty_like(x);
   if (x.numel() > 0 && (wants_x || wants_residual)) {
     void* to_x = wants_x ? grad_x.mutable_data_ptr() : nullptr;
     void* to_residual = wants_residual ? grad_residual.mutable_data_ptr() : nullptr;

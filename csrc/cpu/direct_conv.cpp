@@ -252,9 +252,10 @@ bool direct_conv_serves(const at::Tensor& image, const at::Tensor& weight, at::I
     return false;
   }
   const bool strided = stride[0] > 1 || stride[1] > 1;
+  const bool pointwise = weight.size(2) == 1 && weight.size(3) == 1;
   const int64_t bytes = weight.numel() * static_cast<int64_t>(sizeof(float));
   return weight.numel() > 0 && bytes <= kMaxWeightBytes &&
-         (strided || weight.size(1) < kFewChannels);
+         (strided || pointwise || weight.size(1) < kFewChannels);
 }
 
 at::Tensor direct_conv(const at::Tensor& x_in, const at::Tensor& weight_in,

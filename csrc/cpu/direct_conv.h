@@ -1,5 +1,6 @@
 // Direct float32 convolutions of channels_last images with small kernels, and their input gradients:
-// where oneDNN is slow, which is at few channels and at strides.
+// where oneDNN is slow, which is at few channels and at strides, and for 1x1 kernels, where it is no
+// faster and its output is not of kept memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,4 +1,4 @@
-"""frozen_conv's own float32 kernels for few channels and for strides: equal to float64 but for rounding, in every shape."""
+"""frozen_conv's own float32 kernels for few channels, for strides and for 1x1 kernels: equal to float64 but for rounding, in every shape."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ SHAPES = (
     (1, 33, 17, 5, 40, (3, 3), (2, 1), (1, 0)),
     (70, 4, 8, 16, 16, (3, 3), (2, 2), (1, 1)),  # several threads
     (2, 300, 8, 4, 4, (3, 3), (2, 2), (1, 1)),  # deeper than one panel of weights
+    (2, 16, 96, 8, 9, (1, 1), (1, 1), (0, 0)),  # products of matrices
+    (3, 21, 13, 5, 7, (1, 1), (1, 1), (0, 0)),
+    (2, 9, 5, 4, 4, (1, 1), (1, 1), (1, 2)),
+    (5, 40, 10, 1, 1, (1, 1), (1, 1), (0, 0)),  # as in a squeeze-excite
+    (70, 300, 24, 4, 4, (1, 1), (1, 1), (0, 0)),
 )
 
 

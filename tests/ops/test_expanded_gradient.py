@@ -14,12 +14,12 @@ ACTS = ("identity", "relu", "relu6", "silu", "hardswish")
 
 
 def make(
-    name: str, act: str, residual: bool, shape: tuple[int, ...]
+    name: str, act: str, residual: bool, shape: tuple[int, ...], layout: torch.memory_format = LAST
 ) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(0)
     channels = shape[1]
     x, added = (
-        torch.randn(shape).contiguous(memory_format=LAST).requires_grad_() for _ in range(2)
+        torch.randn(shape).contiguous(memory_format=layout).requires_grad_() for _ in range(2)
     )
     gate = torch.rand(channels).requires_grad_()
     leaves = [x, gate, *([added] if residual else [])]
@@ -58,3 +58,17 @@ def test_a_copy_becomes_a_result(name: str) -> None:
         lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True), torch.device("cpu")
     )
     assert peak < 2.9 * y.numel() * 4  # two results and small buffers; not the copy besides
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("act", ACTS)
+# Rows of whole samples; planes, whose ends are written twice.
+@pytest.mark.parametrize("shape", [(6, 4, 3, 5), (3, 4, 6, 6), (2, 3, 9, 11)], ids=str)
+def test_same_gradients_in_nchw(act: str, residual: bool, shape: tuple[int, ...]) -> None:
+    y, leaves = make("bn_gate_act", act, residual, shape, torch.contiguous_format)
+    reversed_strides = torch.randn(shape[::-1]).permute(3, 2, 1, 0)
+    for grad in (torch.randn(*shape[:2], 1, 1).expand(shape), reversed_strides):
+        expected = torch.autograd.grad(y, leaves, grad.contiguous(), retain_graph=True)
+        found = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
