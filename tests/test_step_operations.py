@@ -19,6 +19,7 @@ from pfs_fast.widths import WidthRule
 pytestmark = pytest.mark.skipif(
     not _library.backends().cpu, reason=f"no compiled operators: {_library.backends().cpu_reason}"
 )
+SHORTCUTS = 2  # of ResNet-20 that convolve
 LARGE = 4 * 16 * 8 * 8 // 4  # elements of the smallest activation of the network below, images 8x8
 
 
@@ -61,21 +62,23 @@ def convolutions(counted: Operations, direction: str) -> int:
 
 
 def check(counted: Operations, precision: str) -> None:
-    # ResNet-20: 19 convolutions and 2 on shortcuts, a batch norm after each.
+    # ResNet-20: 19 convolutions and 2 on shortcuts, a batch norm after each. Shortcuts convolve again in backward.
     norms = counted.all["bn_gate_act"] + counted.all["conv_bn_gate_act"]
-    assert convolutions(counted, "") == norms == 21
+    assert norms == 21
+    assert convolutions(counted, "") == 21 + SHORTCUTS
     assert (counted.all["conv_bn_gate_act"] > 0) == (precision == "fp32")
     # The stem has no gate and its input no gradient; the shortcuts of the first gates start there.
     assert convolutions(counted, "_backward") <= 20
     assert counted.all["gate_step_"] == 1
     # Logits to float32 for the loss, and their gradient back; nothing else is cast.
     assert counted.all["_to_copy"] == (2 if precision == "bf16" else 0)
-    assert counted.all["clone"] == counted.all["contiguous"] == 0
+    # The pixels that shortcuts read are kept; nothing else is copied.
+    assert counted.all["clone"] == SHORTCUTS and counted.all["contiguous"] == 0
     # Activations: the operators, and the sum of the two gradients where a block's input branches.
-    expected = {"frozen_conv", "bn_gate_act", "_frozen_conv_backward", "_bn_gate_act_backward", "add"}  # fmt: skip
+    expected = {"frozen_conv", "bn_gate_act", "_frozen_conv_backward", "_bn_gate_act_backward", "add", "clone"}  # fmt: skip
     if precision == "fp32":
         expected |= {"conv_bn_gate_act", "_conv_bn_gate_act_backward"}
-    assert set(counted.large) - {"detach", "expand", "div", "view"} == expected
+    assert set(counted.large) - {"detach", "expand", "div", "view", "slice"} == expected
     # A block whose first convolution passes its input on has the sum in that convolution's gradient.
     passed_on = counted.large["view"]
     assert passed_on == (6 if precision == "fp32" else 0)
