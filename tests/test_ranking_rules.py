@@ -9,7 +9,7 @@ from small_nets import cbr, head
 from torch import nn
 
 from benchmarks.experiments.ranking import structure
-from benchmarks.experiments.ranking_rules import RULES, Measured
+from benchmarks.experiments.ranking_rules import RULES, Measured, rule_of
 from pfs_fast.analysis import analyse
 
 SIZES = (8, 8, 16)
@@ -56,3 +56,18 @@ def test_dead_gates_enter_after_the_living_and_the_later_dead_first(measured: Me
         measured.groups, gates, died_at, measured.early, measured.late
     ).order_of_gates()
     assert order[0] < order[1] < np.delete(order, [0, 1]).min()
+
+
+def test_shares_follow_a_mean_and_the_costs(measured: Measured):
+    assert widths(measured, "share:gates^0/macs^0") == widths(measured, "uniform")
+    even, late = widths(measured, "uniform"), widths(measured, "share:gates^0/macs^0.5")
+    assert late[0] < even[0] and late[-1] > even[-1]
+    gates = measured.gates.copy()
+    gates[: SIZES[0]] /= 4
+    weak = Measured(measured.groups, gates, measured.died_at, measured.early, measured.late)
+    assert widths(weak, "share:gates^0.5/macs^0")[0] < even[0]
+
+
+def test_an_unknown_rule_is_none():
+    with pytest.raises(KeyError):
+        rule_of("share:params^1/macs^1")

@@ -68,7 +68,7 @@ def test_other_kernels_take_whole_vectors(options: dict[str, object]) -> None:
 
 
 def test_a_group_that_others_kernels_read_takes_whole_vectors() -> None:
-    found = rules("mobilenet_v1")  # pointwise convolutions are PyTorch's
+    found = rules("mobilenet_v1")  # depthwise convolutions are PyTorch's
     assert {rule.multiple for rule in found.values()} == {8}
 
 

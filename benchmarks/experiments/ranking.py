@@ -31,6 +31,7 @@ from pfs_fast.structure import Structure
 NETWORKS = {"resnet20": ("resnet20", 1.0), "vgg16-0.25": ("vgg16", 0.25)}
 # Short trainings scatter: an annealed rate and averaged weights take a good part of it away.
 RECIPE = {"lr": 0.05, "schedule": "cosine", "ema": 0.98}
+SEARCH_BATCH = 128  # images
 WATCHED_STEPS = 50  # steps at either end whose gradients are averaged
 
 
@@ -136,7 +137,7 @@ def structure(found: Measured, rule: str, share: float) -> Structure:
 
 
 def train_one(arguments: argparse.Namespace, name: str, seed: int, share: float, rule: str) -> dict:
-    searched, _ = loaders(arguments.data, arguments.images, 128, seed)
+    searched, _ = loaders(arguments.data, arguments.images, SEARCH_BATCH, seed)
     train, test = loaders(arguments.data, arguments.images, arguments.batch, seed)
     found = measured(arguments.out, name, seed, searched, arguments.steps, arguments.target)
     cut = structure(found, rule, share)

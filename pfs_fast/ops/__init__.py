@@ -18,6 +18,7 @@ from pfs_fast._library import require_ops
 from pfs_fast.ops import _registration as _registration
 from pfs_fast.ops._recomputed import RecomputedConvNormFunction as _RecomputedConvNorm
 from pfs_fast.ops._recomputed import RecomputedNormFunction as _RecomputedNorm
+from pfs_fast.ops.reference import require_constant as _require_constant
 from pfs_fast.ops.reference import update_running_stats as _update_running_stats
 
 __all__ = [
@@ -418,10 +419,7 @@ def recomputed_bn_gate_act(
         >>> recomputed_bn_gate_act(images.sin(), torch.sin, images, gate).sum().backward()
     """
     require_ops()
-    if x.requires_grad:
-        raise ValueError(
-            "recomputed_bn_gate_act: x must be a constant, got one that wants a gradient; use bn_gate_act"
-        )
+    _require_constant(x)
     y, mean, var = _RecomputedNorm.apply(x, again, source, gate, weight, bias, eps, act)
     _track(running_mean, running_var, mean, var, y, momentum)
     return y

@@ -146,7 +146,10 @@ def _norm_backward(
 def _pixels_read(x: Tensor, conv_weight: Tensor, options: Options) -> tuple[Tensor, Options]:
     """A smaller input, and options, of the same convolution: without the pixels that a 1x1 kernel with a stride passes over."""
     stride, padding, dilation, groups = options
-    if math.prod(conv_weight.shape[2:]) > 1 or max(stride) == 1 or any(padding):
+    fits = len(stride) == x.dim() - 2 and all(
+        step >= 1 for step in stride
+    )  # else the operator says so
+    if not fits or math.prod(conv_weight.shape[2:]) > 1 or math.prod(stride) == 1 or any(padding):
         return x, options
     read = x[(..., *(slice(None, None, step) for step in stride))]
     return read.contiguous(memory_format=suggest_memory_format(x)), (

@@ -207,8 +207,17 @@ def recomputed_bn_gate_act(
     act: str = "relu",
 ) -> Tensor:
     """``bn_gate_act`` of x, which is kept; see :func:`pfs_fast.ops.recomputed_bn_gate_act`."""
+    require_constant(x)
     options = {"training": True, "momentum": momentum, "eps": eps, "act": act}
-    return bn_gate_act(x.detach(), gate, weight, bias, None, running_mean, running_var, **options)
+    return bn_gate_act(x, gate, weight, bias, None, running_mean, running_var, **options)
+
+
+def require_constant(x: Tensor) -> None:
+    """ValueError where the x of ``recomputed_bn_gate_act`` wants a gradient, which it could not get."""
+    if x.requires_grad:
+        raise ValueError(
+            "recomputed_bn_gate_act: x must be a constant, got one that wants a gradient; use bn_gate_act"
+        )
 
 
 def recomputed_conv_bn_gate_act(
