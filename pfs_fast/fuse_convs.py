@@ -48,13 +48,8 @@ def fuse_convs(net: fx.GraphModule, ops: ModuleType) -> None:
             continue
         places = (source.target, node.target)
         if places not in fused:  # a layer that is called twice stays one layer
-            fused[places] = f"_conv{node.target}"
-            while fused[places] in modules:
-                fused[places] += "_"
-            modules[fused[places]] = (RecomputedConvNorm if again else FusedConvNorm)(
-                conv, norm, ops
-            )
-            net.add_submodule(fused[places], modules[fused[places]])
+            kind = RecomputedConvNorm if again else FusedConvNorm
+            fused[places] = _add(net, modules, f"_conv{node.target}", kind(conv, norm, ops))
         node.target, node.args = fused[places], (source.args[0], *node.args[1:])
         net.graph.erase_node(source)
     _chain_first(net, modules, ops)
@@ -79,12 +74,9 @@ def _chain_first(net: fx.GraphModule, modules: dict[str, nn.Module], ops: Module
             continue
         if sum(user.target == node.target for user in net.graph.nodes) > 1:
             continue  # called elsewhere, with an input of its own
-        name = f"_chained{node.target}"
-        while name in modules:
-            name += "_"
-        modules[name] = ChainedConvNorm(first, layer.layer, layer.norm, ops)
-        net.add_submodule(name, modules[name])
-        node.target, node.args = name, (source, source.args[0])
+        chained = ChainedConvNorm(first, layer.layer, layer.norm, ops)
+        node.target = _add(net, modules, f"_chained{node.target}", chained)
+        node.args = (source, source.args[0])
 
 
 def _pass_inputs_on(net: fx.GraphModule, modules: dict[str, nn.Module], ops: ModuleType) -> None:
@@ -103,11 +95,9 @@ def _pass_inputs_on(net: fx.GraphModule, modules: dict[str, nn.Module], ops: Mod
         if not later or source in node.args[1:]:
             continue
         if node.target not in branched:
-            branched[node.target] = f"_branched{node.target}"
-            while branched[node.target] in modules:
-                branched[node.target] += "_"
-            modules[branched[node.target]] = BranchedConvNorm(layer.layer, layer.norm, ops)
-            net.add_submodule(branched[node.target], modules[branched[node.target]])
+            passing = BranchedConvNorm(layer.layer, layer.norm, ops)
+            name = _add(net, modules, f"_branched{node.target}", passing)
+            branched[node.target] = name
         node.target = branched[node.target]
         with net.graph.inserting_after(node):
             output = net.graph.call_function(operator.getitem, (node, 0))
@@ -117,6 +107,15 @@ def _pass_inputs_on(net: fx.GraphModule, modules: dict[str, nn.Module], ops: Mod
         )
         for user in later:
             user.replace_input_with(source, again)
+
+
+def _add(net: fx.GraphModule, modules: dict[str, nn.Module], name: str, module: nn.Module) -> str:
+    """Adds a module under a name that no other has, which is returned."""
+    while name in modules:
+        name += "_"
+    modules[name] = module
+    net.add_submodule(name, module)
+    return name
 
 
 def _module(node: object, modules: dict[str, object]) -> object:

@@ -46,20 +46,25 @@ class FusedNorm(nn.Module):
         return self.training or self.bn.running_mean is None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        options = self.options()
+        return self._ops.bn_gate_act(x, residual=residual, training=self.uses_batch, **options)
+
+    def options(self) -> dict[str, Any]:
+        """What every operator with a norm in it takes, by name; an update of the running statistics is counted."""
+        return self.options_without_update() | {"momentum": self.momentum()}
+
+    def options_without_update(self) -> dict[str, Any]:
+        """The same, for a pass that leaves the running statistics as they are."""
         bn = self.bn
-        return self._ops.bn_gate_act(
-            x,
-            self.gate,
-            bn.weight,
-            bn.bias,
-            residual,
-            bn.running_mean,
-            bn.running_var,
-            training=self.uses_batch,
-            momentum=self.momentum(),
-            eps=bn.eps,
-            act=self.act,
-        )
+        return {
+            "gate": self.gate,
+            "weight": bn.weight,
+            "bias": bn.bias,
+            "running_mean": bn.running_mean,
+            "running_var": bn.running_var,
+            "eps": bn.eps,
+            "act": self.act,
+        }
 
     def momentum(self) -> float | None:
         """Of the next update of the running statistics, which is counted; None: they are not tracked."""
@@ -127,22 +132,15 @@ class FusedConvNorm(nn.Module):
     def run(
         self, operator: Callable[..., Any], input: Tensor, residual: Tensor | None, tile: int
     ) -> Any:
-        conv, norm = self.layer.conv, self.norm
+        conv = self.layer.conv
         return operator(
             input,
             conv.weight,
             conv.bias,
-            norm.gate,
-            norm.bn.weight,
-            norm.bn.bias,
-            residual,
-            norm.bn.running_mean,
-            norm.bn.running_var,
+            residual=residual,
             padding=conv.padding,
             tile=tile,
-            momentum=norm.momentum(),
-            eps=norm.bn.eps,
-            act=norm.act,
+            **self.norm.options(),
         )
 
 
@@ -168,18 +166,11 @@ class RecomputedConvNorm(FusedConvNorm):
             input,
             conv.weight,
             conv.bias,
-            norm.gate,
-            norm.bn.weight,
-            norm.bn.bias,
-            norm.bn.running_mean,
-            norm.bn.running_var,
             stride=conv.stride,
             padding=conv.padding,
             dilation=conv.dilation,
             groups=conv.groups,
-            momentum=norm.momentum(),
-            eps=norm.bn.eps,
-            act=norm.act,
+            **norm.options(),
         )
 
     def pays(self) -> bool:
@@ -212,30 +203,13 @@ class ChainedConvNorm(FusedConvNorm):
         if input.requires_grad or not (norm.uses_batch and self.first.norm.uses_batch):
             return super().forward(input)
         return self._ops.recomputed_bn_gate_act(
-            self.layer(input),
-            self._again,
-            images,
-            norm.gate,
-            norm.bn.weight,
-            norm.bn.bias,
-            norm.bn.running_mean,
-            norm.bn.running_var,
-            momentum=norm.momentum(),
-            eps=norm.bn.eps,
-            act=norm.act,
+            self.layer(input), self._again, images, **norm.options()
         )
 
     def _again(self, images: Tensor) -> Tensor:
         norm = self.first.norm
-        made = self._ops.bn_gate_act(
-            self.first.layer(images),
-            None,
-            norm.bn.weight,
-            norm.bn.bias,
-            training=True,
-            eps=norm.bn.eps,
-            act=norm.act,
-        )
+        options = norm.options_without_update()
+        made = self._ops.bn_gate_act(self.first.layer(images), training=True, **options)
         return self.layer(made)
 
 
