@@ -19,6 +19,7 @@ from pfs_fast.groups import ChannelGroups
 from pfs_fast.kept_memory import KeptMemory
 from pfs_fast.loop import SearchLoop
 from pfs_fast.plan import prepare
+from pfs_fast.runner import make_runner
 from pfs_fast.scope import Site, gate_sites, gated_groups
 
 
@@ -31,7 +32,8 @@ class Step:
         network: Whose weights and buffers do not count as activations.
         precision: Of convolutions and activations.
         channels_last: Layout of the images.
-        eager: Whether autograd's memory can be seen, which a compiler hides.
+        eager: Whether memory can be seen, which a compiler hides.
+        by_autograd: The same step where ``take`` does without autograd, whose memory is asked for too; None: ``take``.
     """
 
     take: Callable[[Tensor, Tensor], None]
@@ -39,6 +41,7 @@ class Step:
     precision: str
     channels_last: bool
     eager: bool = True
+    by_autograd: Callable[[Tensor, Tensor], None] | None = None
 
     def place(self, images: Tensor) -> Tensor:
         """Images as the step wants them."""
@@ -63,7 +66,9 @@ class Step:
             return None, None
         placed = self.place(images)
         weights = [*self.network.parameters(), *self.network.buffers()]
-        saved = saved_bytes(lambda: self.take(placed, labels), without=weights)
+        by_autograd = self.by_autograd or self.take
+        saved = saved_bytes(lambda: by_autograd(placed, labels), without=weights)
+        self.take(placed, labels)  # the step before, which may be recorded
         return saved, peak_bytes(lambda: self.take(placed, labels), images.device)
 
 
@@ -83,15 +88,22 @@ def gate_places(model: nn.Module, size: int) -> tuple[ChannelGroups, tuple[Site,
     return groups, gate_sites(graph, groups, "paper")
 
 
-def _as_in_search(loop: SearchLoop) -> Callable[[Tensor, Tensor], None]:
-    """The step with the memory that ``pfs_fast.search`` keeps around all of them."""
+def _as_in_search(loop: SearchLoop) -> dict[str, Callable[[Tensor, Tensor], None]]:
+    """The step, with the memory that ``pfs_fast.search`` keeps around all of them: as the search takes it on the CPU, and by autograd.
+
+    On CUDA all variants are stepped without graphs here.
+    """
     memory = KeptMemory()
+    replayed = make_runner(loop, None).step if loop.device.type == "cpu" else loop.step
 
-    def step(images: Tensor, labels: Tensor) -> None:
-        with memory:
-            loop.step(images, labels)
+    def inside(step: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
+        def run(images: Tensor, labels: Tensor) -> None:
+            with memory:
+                step(images, labels)
 
-    return step
+        return run
+
+    return {"take": inside(replayed), "by_autograd": inside(loop.step)}
 
 
 def all_steps(
@@ -118,7 +130,9 @@ def all_steps(
     steps = {
         "naive": Step(naive.step, naive.network, "fp32", channels_last=False),
         "folded": Step(folded.step, folded.network, native, channels_last=True),
-        "ours": Step(_as_in_search(loop), loop.network, native, channels_last=True),
+        "ours": Step(
+            network=loop.network, precision=native, channels_last=True, **_as_in_search(loop)
+        ),
     }
     skipped = {"cudnn": cudnn_reason(device)}
     reason = compiled_reason(device, settings.compiled)

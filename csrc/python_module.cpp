@@ -1,5 +1,6 @@
 // The Python module pfs_fast._C. Importing it runs the registrations of the other files; it adds
-// only what the library can say about itself. The one file that includes Python.h.
+// what the library can say about itself, and the classes that Python holds. Python.h is included
+// here and in python_tape.cpp alone.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -7,6 +8,7 @@
 
 #include "cpu/kept_memory.h"
 #include "pfs_ops.h"
+#include "python_tape.h"
 
 #define PFS_STRINGIFY_(x) #x
 #define PFS_STRINGIFY(x) PFS_STRINGIFY_(x)
@@ -45,4 +47,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return std::pair<int64_t, int64_t>(bytes.in_use, bytes.free);
       },
       "(bytes in use, bytes kept free) of the blocks of KeptMemory.");
+  pfs::bind_tape(m);
 }

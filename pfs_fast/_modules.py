@@ -1,4 +1,4 @@
-"""Checks on models that every entry point makes before it touches one."""
+"""Questions about modules that several parts ask: whether an entry point takes a model, whether hooks run with one."""
 
 from __future__ import annotations
 
@@ -39,3 +39,8 @@ def require_plain(function: str, model: nn.Module) -> None:
             raise ModelError(
                 f"{function}: model must be initialised, got the lazy parameter {name}; call the model once first"
             )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether functions of the user run before or after its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

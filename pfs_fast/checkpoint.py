@@ -18,6 +18,7 @@ from .loop import SearchLoop
 from .stability import Change
 
 FORMAT, VERSION = "pfs_fast.checkpoint", 2
+_HOW_STEPS_RUN = frozenset({"cpu_graph", "cuda_graph"})  # a search may go on with or without
 
 
 class Checkpoint:
@@ -108,10 +109,9 @@ class Checkpoint:
 
 
 def fingerprint(model: nn.Module, groups: ChannelGroups, config: SearchConfig) -> str:
-    """Hash of the weights, the gated groups and the options."""
-    digest = hashlib.sha256(
-        repr((asdict(config), [(g.name, g.size) for g in groups.groups])).encode()
-    )
+    """Hash of the weights, the gated groups and the options that say something of the gates."""
+    options = {name: value for name, value in asdict(config).items() if name not in _HOW_STEPS_RUN}
+    digest = hashlib.sha256(repr((options, [(g.name, g.size) for g in groups.groups])).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(

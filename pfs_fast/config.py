@@ -51,6 +51,9 @@ class SearchConfig:
         cuda_graph: Capture the whole step in a CUDA graph and replay it; with a ``DeviceLoader`` several steps at once, the
             making of batches included. A step that cannot be captured is reported and taken without. No effect on the CPU. Not
             run on a GPU yet.
+        cpu_graph: Record the operators of a step once and replay them without Python and autograd. The gates are the same. A
+            step that cannot be recorded is reported and taken without; networks with hooks, or with functions that were not
+            traced, are never recorded, since their Python must run in every step. No effect on CUDA.
         channels_last: Lay out images and weights channels_last.
         winograd: Run 3x3 convolutions by Winograd's minimal filtering where that is faster: float32 on the CPU, channels_last,
             fused backend; without effect elsewhere. Same sums, rounded otherwise: relative error of a layer up to 3e-6
@@ -75,6 +78,7 @@ class SearchConfig:
     compact: bool = True
     select: str = "last"
     cuda_graph: bool = True
+    cpu_graph: bool = True
     channels_last: bool = True
     winograd: bool = True
     seed: int = 0
@@ -99,7 +103,7 @@ class SearchConfig:
         for beta in self.betas:
             _number("betas", beta, least=0, below=1)
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list back
-        for name in ("compact", "cuda_graph", "channels_last", "winograd"):
+        for name in ("compact", "cuda_graph", "cpu_graph", "channels_last", "winograd"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"SearchConfig: {name} must be True or False, got {getattr(self, name)!r}"

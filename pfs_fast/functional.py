@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._modules import has_hooks
+
 
 def call_layers(graph: fx.Graph, root: nn.Module) -> set[nn.Module]:
     """Rewrite functions on a layer's own parameters as calls of the layer, where both compute the same.
@@ -37,7 +39,7 @@ def call_layers(graph: fx.Graph, root: nn.Module) -> set[nn.Module]:
         owner = _owner(arguments, modules)
         module = modules.get(owner) if owner is not None else None
         x = arguments["input"]
-        if not isinstance(module, form.layer) or not isinstance(x, fx.Node) or _is_hooked(module):
+        if not isinstance(module, form.layer) or not isinstance(x, fx.Node) or has_hooks(module):
             continue
         own = all(_is_own(arguments[name], owner, name, module) for name in form.tensors)
         if not own or not form.same(module, arguments):
@@ -152,7 +154,3 @@ def _is_own(value: Any, owner: str, name: str, module: nn.Module) -> bool:
     if getattr(module, name) is None:
         return value is None
     return isinstance(value, fx.Node) and value.target == f"{owner}.{name}"
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

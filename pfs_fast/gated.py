@@ -7,6 +7,7 @@ becomes one that does not keep its input; everything else runs as the model wrot
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -88,6 +89,16 @@ class GatedNetwork(nn.Module):
                 f"their size, got {got}; resize them"
             )
         return (self.train_net if self.training else self.eval_net)(*inputs)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Weights, statistics, and constants of the graph of train mode."""
+        yield from self.train_net.parameters()
+        yield from self.train_net.buffers()
+        for node in self.train_net.graph.nodes:
+            if node.op == "get_attr":
+                value = _attribute(self.train_net, node.target)
+                if isinstance(value, Tensor):
+                    yield value
 
 
 class _Builder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +101,12 @@ class GateBank:
     @property
     def layers(self) -> tuple[str, ...]:
         return tuple(self._sites)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that `rebuild` makes or leaves, the state included."""
+        yield from self.state.tensors().values()
+        yield from (self.grad, self._one)
+        yield from (index for _, index in self._sites.values() if index is not None)
 
     def zero_grad(self) -> None:
         self.grad.zero_()

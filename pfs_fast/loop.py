@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -153,12 +154,47 @@ class SearchLoop:
         check_labels(labels, self.num_classes, "search")
         return True
 
-    def _learn(self, logits: Tensor, labels: Tensor, bad_label: Tensor | None) -> None:
-        config, gates = self.config, self.state.gates
+    def host_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of a step on the CPU that is tensor operations alone, which a tape can hold. `note_step` does the rest.
+
+        Args:
+            images: Placed.
+            labels: On the CPU, inside the classes.
+
+        Returns:
+            Loss and number of correct images. Scalars.
+        """
+        logits = self._logits(images)
         loss = cross_entropy(logits, labels)
-        self._meter.add(loss.detach(), _num_correct(logits, labels), gates.step, bad_label)
+        correct = _num_correct(logits, labels)
+        self._update(loss)
+        return loss.detach(), correct
+
+    def note_step(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """The rest of a step after `host_step`, with what that returned.
+
+        Raises:
+            NonFiniteLossError: Of this loss; the gates have taken its step.
+        """
+        self._meter.add(loss, correct, self.state.steps, None)
+        self._check(self._meter.bad_step, self._meter.bad_loss, -1)
+        self.count_step(images)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What stays where it is until the network is narrowed: weights, statistics, gates and their optimiser state."""
+        yield from self.network.tensors()
+        yield from self.bank.tensors()
+
+    def _learn(self, logits: Tensor, labels: Tensor, bad_label: Tensor | None) -> None:
+        loss = cross_entropy(logits, labels)
+        step = self.state.gates.step
+        self._meter.add(loss.detach(), _num_correct(logits, labels), step, bad_label)
         if not self.deferred:
             self._check(self._meter.bad_step, self._meter.bad_loss, -1)
+        self._update(loss)
+
+    def _update(self, loss: Tensor) -> None:
+        config, gates = self.config, self.state.gates
         self.bank.zero_grad()
         (loss * self._scale if self._scale != 1.0 else loss).backward()
         if self._scale != 1.0:

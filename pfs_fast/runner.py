@@ -1,4 +1,4 @@
-"""How the steps of one pass are run: one by one, or as replays of recorded graphs.
+"""How the steps of one pass are run: one by one, or as replays of recorded graphs and tapes.
 
 A runner takes the batches of a pass and yields after every run of steps how many it took, so that the search can look at the
 loop in between. The warm-up that a capture needs is made of real steps: nothing is done twice or undone.
@@ -19,6 +19,7 @@ from .data.feed import DeviceFeed
 from .graphs import CudaGraphs, Graph, Graphs
 from .loop import SearchLoop
 from .prefetch import CudaTransfer, Transfer, prefetched
+from .tape import NotRecordedError, Tape, can_record, foreign_code, record
 
 WARMUP = 3
 """Steps of one shape before they are captured: the first ones choose algorithms and create handles and workspaces."""
@@ -27,7 +28,7 @@ STEPS_PER_REPLAY = 8
 """Steps in one graph where batches are made on the device: then not even a replay's launch shows."""
 
 MAX_SHAPES = 4
-"""Shapes of batches with graphs of their own; further ones are stepped one by one."""
+"""Shapes of batches with graphs or tapes of their own; further ones are stepped one by one."""
 
 RECAPTURE_STEPS = 60.0
 """What a new capture costs, in replayed steps: about a dozen steps at the speed of the host. An estimate."""
@@ -72,14 +73,62 @@ class EagerRunner:
         if self._transfer is not None:
             batches = prefetched(batches, self._transfer)
         for images, labels in itertools.islice(batches, most):
-            self._step(images, labels)
+            self.step(images, labels)
             yield 1
 
     def invalidate(self) -> None:
         pass
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Takes one step."""
         self._loop.step(images, labels)
+
+
+class TapeRunner(EagerRunner):
+    """On the CPU: replays the operators of a step without Python and autograd.
+
+    Each shape of a batch has a tape of its own, recorded in a step of the search and again after ``invalidate``. The first step of all
+    is taken without, since it tells how many classes there are.
+    """
+
+    def __init__(self, loop: SearchLoop) -> None:
+        super().__init__(loop)
+        self._tapes: dict[tuple[object, ...], Tape] = {}
+        self._works = True
+
+    def invalidate(self) -> None:
+        self._tapes.clear()
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        loop = self._loop
+        if not self._works or loop.num_classes == 0:
+            loop.step(images, labels)
+            return
+        images = loop.place(images)
+        loop.check_host_labels(labels)
+        form = tuple((x.shape, x.dtype, x.stride()) for x in (images, labels))
+        tape = self._tapes.get(form)
+        if tape is not None:
+            loss, correct = tape.replay(images, labels)
+        elif len(self._tapes) < MAX_SHAPES:
+            (loss, correct), found = record(loop.host_step, (images, labels), loop.tensors())
+            if isinstance(found, Tape):
+                self._tapes[form] = found
+            else:
+                self._give_up(found)
+        else:
+            loss, correct = loop.host_step(images, labels)
+        loop.note_step(loss, correct, len(images))
+
+    def _give_up(self, reason: NotRecordedError) -> None:
+        self._works = False
+        self._tapes.clear()
+        warnings.warn(
+            f"search: a step on the CPU must be tensor operations alone for a recording of it to be replayed, but {reason}; going on "
+            "without one, which is slower; change that operation, or set SearchConfig(cpu_graph=False)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @dataclass
@@ -146,7 +195,7 @@ class GraphRunner(EagerRunner):
                 shape.graph.reset()
         self._shapes.clear()
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
+    def step(self, images: Tensor, labels: Tensor) -> None:
         loop = self._loop
         trusted = labels.device.type == "cpu" and not labels.is_floating_point()
         key = (images.shape, labels.shape, labels.dtype, trusted)
@@ -281,12 +330,25 @@ def make_runner(loop: SearchLoop, loader: object) -> Runner:
         runner: Runner = FeedRunner(loop, graphs, DeviceFeed(loader))
     else:
         transfer = CudaTransfer(loop.device) if loop.device.type == "cuda" else None
-        runner = (
-            EagerRunner(loop, transfer) if graphs is None else GraphRunner(loop, graphs, transfer)
-        )
+        if graphs is not None:
+            runner = GraphRunner(loop, graphs, transfer)
+        elif _has_tape(loop):
+            runner = TapeRunner(loop)
+        else:
+            runner = EagerRunner(loop, transfer)
     # Also without graphs, so that the same seed narrows at the same step and gives the same gates.
     loop.compaction.recapture_steps = RECAPTURE_STEPS if loop.deferred else 0.0
     return runner
+
+
+def _has_tape(loop: SearchLoop) -> bool:
+    return (
+        loop.device.type == "cpu"
+        and not loop.deferred
+        and loop.config.cpu_graph
+        and can_record()
+        and foreign_code(loop.network.train_net) is None
+    )
 
 
 def _graphs(loop: SearchLoop) -> Graphs | None:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._modules import has_hooks
 from .counting import quiet_fake_tensors
 from .errors import TraceError
 
@@ -146,7 +147,7 @@ class _Recorder(fx.Interpreter):
     def _run(self, n: fx.Node) -> Any:
         counted = self._count and not self._is_free(n)
         counter = FlopCounterMode(display=False) if counted else nullcontext()
-        hooked = n.op == "call_module" and _has_hooks(self._named[n.target])
+        hooked = n.op == "call_module" and has_hooks(self._named[n.target])
         try:
             with counter, _Watch(self._named[n.target]) if hooked else nullcontext() as watch:
                 value = super().run_node(n)
@@ -164,7 +165,7 @@ class _Recorder(fx.Interpreter):
     def _is_free(self, n: fx.Node) -> bool:
         if n.op == "call_module":
             module = self._named[n.target]
-            return type(module) in _FREE and not _has_hooks(module)
+            return type(module) in _FREE and not has_hooks(module)
         if n.op == "call_function":
             return n.target in _FREE_FUNCTIONS
         return n.op != "call_method" or n.target in _FREE_METHODS
@@ -174,7 +175,7 @@ class _Recorder(fx.Interpreter):
         if n.op != "call_module" or len(n.args) != 1 or n.kwargs:
             return None
         module, x = self._named[n.target], self.env[n.args[0]]
-        if not isinstance(x, Tensor) or _has_hooks(module):
+        if not isinstance(x, Tensor) or has_hooks(module):
             return None
         if type(module) in _ACTIVATIONS and not getattr(module, "inplace", False):
             return torch.empty_like(x)
@@ -265,10 +266,6 @@ class _Watch:
             or output is not self._output
             or getattr(output, "_version", 0) != self._version
         )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _find_stale(graph: fx.Graph) -> None:

@@ -83,13 +83,15 @@ class Meter:
         self.images += images
         self.steps += 1
 
-    def add(self, loss: Tensor, correct: Tensor, step: Tensor, bad_label: Tensor | None) -> None:
+    def add(
+        self, loss: Tensor, correct: Tensor, step: Tensor | int, bad_label: Tensor | None
+    ) -> None:
         """The device's part of a step.
 
         Args:
             loss: Scalar, detached.
             correct: Images whose largest logit is the label's. Scalar.
-            step: Steps taken before this one. [1], int64.
+            step: Steps taken before this one. [1], int64; of a ``HostMeter`` also a number.
             bad_label: Scalar: a label outside the classes, as its absolute value, or -1. None: labels are known to be right.
         """
         raise NotImplementedError
@@ -173,7 +175,9 @@ class HostMeter(Meter):
         self.correct = 0
         self.bad_step, self.bad_loss = -1, 0.0
 
-    def add(self, loss: Tensor, correct: Tensor, step: Tensor, bad_label: Tensor | None) -> None:
+    def add(
+        self, loss: Tensor, correct: Tensor, step: Tensor | int, bad_label: Tensor | None
+    ) -> None:
         self.last_loss = float(loss)
         self._sum += self.last_loss
         self.correct += int(correct)

@@ -71,6 +71,7 @@ BAD = [
     ("compact", "no", "True or False"),
     ("channels_last", None, "True or False"),
     ("cuda_graph", 1, "True or False"),
+    ("cpu_graph", 1, "True or False"),
 ]
 
 

@@ -1,6 +1,6 @@
 """Recorded steps: the same search as step by step, captured anew when it must be, and never silently given up.
 
-``TapeGraphs`` stands in for CUDA graphs; numbers are read late, as on CUDA.
+``StandInGraphs`` stands in for CUDA graphs; numbers are read late, as on CUDA.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_nets import Net, batches, cbr, conv, head, tiny
-from tape import TapeGraphs
+from stand_in_graphs import StandInGraphs
 from test_checkpoint import Interrupted, Interrupting, assert_equal, without_time
 from torch import nn
 
@@ -36,12 +36,14 @@ def uneven() -> list:
 
 
 @pytest.fixture
-def graphs(monkeypatch) -> TapeGraphs:
+def graphs(monkeypatch) -> StandInGraphs:
     """Everything as on CUDA, on the CPU."""
-    tape = TapeGraphs()
+    stand_in = StandInGraphs()
     monkeypatch.setattr("pfs_fast.loop.DEFERRED", frozenset({"cpu"}))
-    monkeypatch.setattr(runners, "_graphs", lambda loop: tape if loop.config.cuda_graph else None)
-    return tape
+    monkeypatch.setattr(
+        runners, "_graphs", lambda loop: stand_in if loop.config.cuda_graph else None
+    )
+    return stand_in
 
 
 def run(model, loader, checkpoint=None, **options):
@@ -226,11 +228,11 @@ def test_step_that_cannot_be_captured_is_reported_and_taken_without(
     assert_same_search(result, expected)
 
 
-def test_tape_refuses_what_a_graph_refuses():
-    tape = TapeGraphs()
+def test_stand_in_refuses_what_a_graph_refuses():
+    stand_in = StandInGraphs()
     with pytest.raises(RuntimeError, match="capturing"):
-        tape.capture(lambda: torch.ones(1).item())
-    assert tape.waits(lambda: torch.ones(1).item()) is not None
+        stand_in.capture(lambda: torch.ones(1).item())
+    assert stand_in.waits(lambda: torch.ones(1).item()) is not None
 
 
 def test_label_outside_the_classes_is_found_before_a_replay(graphs):

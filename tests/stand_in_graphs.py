@@ -47,7 +47,7 @@ class _Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class TapeGraph:
+class StandInGraph:
     def __init__(self, operations: list[tuple[Any, tuple, dict, Any]], log: list[str]) -> None:
         self._operations, self._log = operations, log
 
@@ -66,13 +66,13 @@ class TapeGraph:
         self._operations = None
 
 
-class TapeGraphs:
+class StandInGraphs:
     """``log``: "capture", "replay" and "reset" as they came."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    def capture(self, work: Callable[[], None]) -> TapeGraph:
+    def capture(self, work: Callable[[], None]) -> StandInGraph:
         self.log.append("capture")
         random = torch.random.get_rng_state()
         tape = _Recording()
@@ -84,7 +84,7 @@ class TapeGraphs:
                 for tensor, old in reversed(tape.before):
                     tensor.copy_(old)
             torch.random.set_rng_state(random)
-        return TapeGraph(tape.operations, self.log)
+        return StandInGraph(tape.operations, self.log)
 
     def waits(self, work: Callable[[], None]) -> str | None:
         with _Counting() as counting:
