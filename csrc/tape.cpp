@@ -1,6 +1,8 @@
 #include "tape.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
 #include <utility>
@@ -149,8 +151,9 @@ std::vector<at::Tensor> Tape::replay(const std::vector<at::Tensor>& inputs) cons
   TORCH_CHECK(!recording_, "Tape.replay: the tape must be finished");
   TORCH_CHECK_VALUE(inputs.size() == num_inputs_, "Tape.replay: inputs must be ", num_inputs_,
                     " tensors, got ", inputs.size());
-  // What was recorded is what autograd and the tracking of views had asked for.
+  // What was recorded is what autograd, the tracking of views and autocast had asked for.
   const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::impl::ExcludeDispatchKeyGuard no_casts(c10::autocast_dispatch_keyset);
   std::vector<at::Tensor> slots(inputs);
   slots.resize(num_slots_);
   const auto tensor_in = [&](int32_t slot) { return slots[slot]; };

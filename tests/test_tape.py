@@ -105,6 +105,24 @@ def test_replay_draws_new_random_numbers():
 
 
 @needs_library
+def test_replay_casts_where_the_work_did_and_nowhere_else():
+    weight = torch.randn(3, 3)
+
+    def work(x):
+        with torch.autocast("cpu", enabled=False):
+            whole = x @ weight
+        return x @ weight, whole
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tape = recorded(work, (torch.randn(2, 3),), [weight])
+        x = torch.randn(2, 3)
+        expected, inside = work(x), tape.replay(x)
+    for found in (inside, tape.replay(x)):
+        assert [y.dtype for y in found] == [torch.bfloat16, torch.float32]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_library
 def test_replay_gives_back_an_input():
     tape = recorded(lambda x: (x,), (numbers(2),))
     x = numbers(2)
