@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -214,13 +214,14 @@ class SearchLoop:
             num_gates=self.num_gates,
         )
 
-    def compact(self, steps_left: int | None) -> bool:
+    def compact(self, steps_left: int | None, forget: Callable[[], None] | None = None) -> bool:
         """Leave dead channels out, if that shortens the rest of the search. Reads the gates, so not for every step.
 
         Where reading waits for the device, the gates of the last look decide: what was dead then is dead now.
 
         Args:
             steps_left: Steps still to come; None where nobody knows.
+            forget: Called before anything is left out: whoever recorded a step holds the tensors that will be replaced.
         """
         if not self.config.compact:
             return False
@@ -233,6 +234,8 @@ class SearchLoop:
             saving, self.state.steps if steps_left is None else steps_left
         ):
             return False
+        if forget is not None:
+            forget()
         self.compaction.leave_out(keep)
         if self.deferred:
             self._dead_at_look = self._read_dead()

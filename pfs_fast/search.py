@@ -234,10 +234,9 @@ def _run(
                         break
                     if state.steps % config.log_every == 0:
                         loop.post_entry()
-                    if state.steps % look_every == 0 and loop.compact(
-                        None if total is None else total - state.steps
-                    ):
-                        runner.invalidate()
+                    if state.steps % look_every == 0:
+                        left = None if total is None else total - state.steps
+                        loop.compact(left, runner.invalidate)
                 _end_epoch(plan, val_loader, saved)
                 batches.close()
                 if state.ended is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from small_nets import Net, batches, cbr, conv, head, tiny
@@ -12,6 +14,7 @@ from torch import fx, nn
 import pfs_fast as pfs
 from pfs_fast import _library
 from pfs_fast import runner as runners
+from pfs_fast.compaction import Compaction
 from pfs_fast.errors import LoaderError
 from pfs_fast.tape import NotRecordedError, Tape
 
@@ -80,6 +83,28 @@ def test_step_is_recorded_anew_after_channels_have_left(log, monkeypatch, option
     assert log.recorded > 1
     assert log.replayed == replayed.steps - log.recorded - 1
     assert_same_search(run(model, loader, **DYING, cpu_graph=False, **options), replayed)
+
+
+def test_tape_lets_go_of_weights_before_narrower_ones_are_made(monkeypatch):
+    monkeypatch.setattr("pfs_fast.compaction.MIN_STEPS_SAVED", 0.5)
+    monkeypatch.setitem(pfs.search.__globals__["COMPACT_EVERY"], "cpu", 6)
+    found, made, leave_out = [], [], Compaction.leave_out
+
+    def record(*args):
+        outputs, tape = recording(*args)
+        made.append(weakref.ref(tape))
+        return outputs, tape
+
+    def leaving(compaction, keep):
+        found.append([ref() for ref in made])
+        return leave_out(compaction, keep)
+
+    recording = runners.record
+    monkeypatch.setattr(runners, "record", record)
+    monkeypatch.setattr(Compaction, "leave_out", leaving)
+    run(narrow(), batches(5, images=(3, 8, 8)), **DYING)
+    assert found and found[0]
+    assert all(tape is None for tapes in found for tape in tapes)
 
 
 def test_running_statistics_are_updated_in_replays(log):
