@@ -31,7 +31,8 @@ torch::jit::Stack results_of(const c10::FunctionSchema& schema, const py::object
 
 void add(Tape& tape, const std::string& name, const std::string& overload, const py::args& args,
          const py::kwargs& kwargs, const py::object& results) {
-  const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
+  const c10::OperatorHandle op =
+      c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
   const torch::jit::ToIValueAllowNumbersAsTensors numbers(true);
   torch::jit::Stack arguments =
       torch::jit::createStackForSchema(op.schema(), args, kwargs, std::nullopt);
