@@ -8,6 +8,7 @@ from types import ModuleType
 from torch import fx, nn
 
 from .gated_layers import (
+    BranchedConv,
     BranchedConvNorm,
     ChainedConvNorm,
     FrozenConv,
@@ -15,6 +16,7 @@ from .gated_layers import (
     FusedNorm,
     RecomputedConvNorm,
 )
+from .shapes import memories
 
 MANY_CONVS = 40
 """Convolutions of a network of which two more in the backward pass are a small part."""
@@ -53,7 +55,9 @@ def fuse_convs(net: fx.GraphModule, ops: ModuleType) -> None:
         node.target, node.args = fused[places], (source.args[0], *node.args[1:])
         net.graph.erase_node(source)
     _chain_first(net, modules, ops)
+    _pass_pixels_on(net, modules, ops)
     _pass_inputs_on(net, modules, ops)
+    net.delete_all_unused_submodules()  # the parts that others now stand for
     net.graph.lint()
     net.recompile()
 
@@ -77,6 +81,53 @@ def _chain_first(net: fx.GraphModule, modules: dict[str, nn.Module], ops: Module
         chained = ChainedConvNorm(first, layer.layer, layer.norm, ops)
         node.target = _add(net, modules, f"_chained{node.target}", chained)
         node.args = (source, source.args[0])
+
+
+def _pass_pixels_on(net: fx.GraphModule, modules: dict[str, nn.Module], ops: ModuleType) -> None:
+    """Lets the 1x1 convolution of a shortcut with a stride take the pixels that it reads from the convolution beside it.
+
+    Their gradients are then added where they are, in place of a sum over the whole image.
+    """
+    nodes = list(net.graph.nodes)
+    places = {node: place for place, node in enumerate(nodes)}
+    for node in nodes:
+        layer = _module(node, modules)
+        if type(layer) is not RecomputedConvNorm or len(node.args) != 1:
+            continue
+        conv, source = layer.layer.conv, node.args[0]
+        if max(conv.kernel_size) > 1 or max(conv.stride) == 1 or max(conv.padding) > 0:
+            continue
+        if source.op == "placeholder":
+            continue  # wants no gradient
+        beside = [user for user in source.users if _reads_alone(user, modules)]
+        if not beside or places[beside[0]] > places[node]:
+            continue
+        first = beside[0]
+        if any(_overwrites(other, source) for other in nodes[places[first] : places[node]]):
+            continue
+        branched = BranchedConv(modules[first.target], conv.stride, ops)
+        dense = RecomputedConvNorm(FrozenConv(conv, ops, dense=True), layer.norm, ops)
+        first.target = _add(net, modules, f"_branched{first.target}", branched)
+        node.target = _add(net, modules, f"_dense{node.target}", dense)
+        with net.graph.inserting_after(first):
+            output = net.graph.call_function(operator.getitem, (first, 0))
+            pixels = net.graph.call_function(operator.getitem, (first, 1))
+        first.replace_all_uses_with(
+            output, delete_user_cb=lambda user, o=output, p=pixels: user not in (o, p)
+        )
+        node.args = (pixels,)
+
+
+def _reads_alone(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node is a convolution of one tensor, and of no kind that has a way of its own to add gradients."""
+    layer = _module(node, modules)
+    return type(layer) is FrozenConv and not layer.fast and len(node.args) == 1 and not node.kwargs
+
+
+def _overwrites(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node changes the tensor of another in place."""
+    written = {memory for other in node.meta["writes"] for memory in memories(other)}
+    return bool(written & memories(source))
 
 
 def _pass_inputs_on(net: fx.GraphModule, modules: dict[str, nn.Module], ops: ModuleType) -> None:

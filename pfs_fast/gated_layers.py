@@ -86,11 +86,15 @@ class FrozenConv(nn.Module):
         conv: The layer.
         ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
         fast: Use ``winograd_conv`` for the inputs that `winograd.tile_of` names.
+        dense: The pixels that a 1x1 kernel reads have been picked: its stride is 1.
     """
 
-    def __init__(self, conv: _ConvNd, ops: ModuleType, fast: bool = False) -> None:
+    def __init__(
+        self, conv: _ConvNd, ops: ModuleType, fast: bool = False, *, dense: bool = False
+    ) -> None:
         super().__init__()
         self.conv, self._ops, self.fast = conv, ops, fast and winograd.can_use(conv)
+        self.stride = (1,) * len(conv.stride) if dense else conv.stride
 
     def tile(self, input: Tensor) -> int:
         """Tile of ``winograd_conv`` for an input; `winograd.DIRECT` where another convolution serves it."""
@@ -102,7 +106,34 @@ class FrozenConv(nn.Module):
         if tile != winograd.DIRECT:
             return self._ops.winograd_conv(input, c.weight, c.bias, c.padding, tile=tile)
         return self._ops.frozen_conv(
-            input, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups
+            input, c.weight, c.bias, self.stride, c.padding, c.dilation, c.groups
+        )
+
+
+class BranchedConv(nn.Module):
+    """Returns the pixels of its input too that a 1x1 convolution with a stride reads beside it.
+
+    Args:
+        layer: The convolution.
+        step: Stride of the other one.
+        ops: ``pfs_fast.ops`` or ``pfs_fast.ops.reference``.
+    """
+
+    def __init__(self, layer: FrozenConv, step: tuple[int, ...], ops: ModuleType) -> None:
+        super().__init__()
+        self.layer, self._step, self._ops = layer, step, ops
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.layer.conv
+        return self._ops.frozen_conv_branch(
+            input,
+            c.weight,
+            c.bias,
+            self.layer.stride,
+            c.padding,
+            c.dilation,
+            c.groups,
+            step=self._step,
         )
 
 
@@ -166,7 +197,7 @@ class RecomputedConvNorm(FusedConvNorm):
             input,
             conv.weight,
             conv.bias,
-            stride=conv.stride,
+            stride=self.layer.stride,
             padding=conv.padding,
             dilation=conv.dilation,
             groups=conv.groups,

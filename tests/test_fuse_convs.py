@@ -6,12 +6,20 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import pfs_fast as pfs
 from benchmarks.footprint import saved_bytes
 from pfs_fast import fuse_convs, ops
-from pfs_fast.gated_layers import BranchedConvNorm, ChainedConvNorm, FrozenConv, RecomputedConvNorm
+from pfs_fast.gated_layers import (
+    BranchedConv,
+    BranchedConvNorm,
+    ChainedConvNorm,
+    FrozenConv,
+    FusedNorm,
+    RecomputedConvNorm,
+)
 from pfs_fast.plan import prepare
 
 
@@ -29,6 +37,33 @@ class Branches(nn.Module):
         x = torch.relu(self.stem_norm(self.stem(x)))
         a, b = torch.relu(self.a_norm(self.a(x))), torch.relu(self.b_norm(self.b(x)))
         return self.fc((a + b + x).mean((2, 3)))
+
+
+class Downsampling(nn.Module):
+    """Two paths to smaller images, whose input somebody may overwrite between its two readers.
+
+    Args:
+        overwritten: Rectify it in place after the first convolution.
+        shortcut_first: Let the shortcut read it first.
+    """
+
+    def __init__(self, overwritten: bool = False, shortcut_first: bool = False) -> None:
+        super().__init__()
+        self.overwritten, self.shortcut_first = overwritten, shortcut_first
+        self.stem, self.stem_norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.a, self.a_norm = nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24)
+        self.short, self.short_norm = nn.Conv2d(16, 24, 1, stride=2), nn.BatchNorm2d(24)
+        self.fc = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_norm(self.stem(x))
+        shortcut = self.short_norm(self.short(x)) if self.shortcut_first else None
+        a = torch.relu(self.a_norm(self.a(x)))
+        if self.overwritten:
+            x.relu_()
+        if shortcut is None:
+            shortcut = self.short_norm(self.short(x))
+        return self.fc(torch.cat((a, shortcut), 1).mean((2, 3)))
 
 
 def prepared(model: nn.Module, images: Tensor):
@@ -124,6 +159,64 @@ def test_shortcuts_and_the_first_layer_are_recomputed() -> None:
     net = prepared(pfs.models.resnet20(), torch.randn(8, 3, 32, 32)).network.train_net
     again = [name for name, m in net.named_modules() if type(m) is RecomputedConvNorm]
     assert len(again) == 3  # the stem, and the shortcuts of two stages
+
+
+@pytest.mark.parametrize(
+    ("model", "branched"),
+    [
+        (lambda: pfs.models.resnet20(), 2),
+        (lambda: torchvision.models.resnet50(), 3),
+        (Downsampling, 1),
+        (lambda: Downsampling(overwritten=True), 0),
+        (lambda: Downsampling(shortcut_first=True), 0),
+    ],
+    ids=["resnet20", "resnet50", "block", "overwritten", "shortcut first"],
+)
+def test_shortcuts_take_their_pixels_from_the_convolution_beside_them(model, branched: int) -> None:
+    net = prepared(model(), torch.randn(2, 3, 64, 64)).network.train_net
+    assert sum(type(m) is BranchedConv for m in net.modules()) == branched
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Downsampling,
+        lambda: Downsampling(overwritten=True),
+        lambda: pfs.models.resnet20(expansion=0.5),
+    ],
+    ids=["block", "overwritten", "resnet20"],
+)
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_pixels_passed_on_change_nothing(
+    model, evaluated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network, images = model(), torch.randn(8, 3, 16, 16)
+    labels = torch.randint(10, (8,))
+    grads = []
+    for passes in (True, False):
+        if not passes:
+            monkeypatch.setattr(fuse_convs, "_pass_pixels_on", lambda *args: None)
+        config = pfs.SearchConfig(scope="all", precision="fp64", compact=False)
+        prepare_on = {"config": config, "device": torch.device("cpu")}
+        loop = prepare(copy.deepcopy(network), images, pfs.Budget(0.5), **prepare_on).loop
+        loop.state.gates.values.copy_(torch.linspace(0.3, 1.0, loop.num_gates))
+        loop.bank.zero_grad()
+        net = loop.network.eval() if evaluated else loop.network
+        nn.functional.cross_entropy(net(loop.place(images)), labels).backward()
+        grads.append(loop.bank.grad.clone())
+    assert grads[1].norm() > 0
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
+def test_replaced_parts_leave_the_network() -> None:
+    net = prepared(pfs.models.resnet20(), torch.randn(8, 3, 32, 32)).network.train_net
+    called = {node.target for node in net.graph.nodes if node.op == "call_module"}
+    kinds = (FrozenConv, FusedNorm, RecomputedConvNorm, BranchedConv, BranchedConvNorm)
+    outer = {
+        name for name, m in net.named_modules() if name.count(".") == 1 and isinstance(m, kinds)
+    }
+    assert outer and outer <= called
 
 
 def test_evaluation_passes_inputs_on_too() -> None:

@@ -195,9 +195,11 @@ void expand(const Layout& layout, const double* values, void* out) {
     for (int64_t c = 0; c < layout.channels; ++c) expanded[c] = static_cast<Acc<T>>(values[c]);
     return;
   }
-  for_each_position<T>(layout, layout.period, [&](int64_t c, int64_t, int64_t at) {
+  for_each_position<T>(layout, layout.unit, [&](int64_t c, int64_t, int64_t at) {
     expanded[at] = static_cast<Acc<T>>(values[c]);
   });
+  for (int64_t at = layout.unit; at < layout.period; at += layout.unit)
+    std::memcpy(expanded + at, expanded, layout.unit * sizeof(Acc<T>));
 }
 
 // The median of three: one outlier does no harm. V: a number or a vector of them.

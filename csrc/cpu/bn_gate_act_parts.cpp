@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "../checks.h"
@@ -56,29 +57,30 @@ Channels read_channels(const OptionalTensor& values, int64_t num_channels, doubl
   Channels out(num_channels, absent);
   if (!values.has_value() || !values->defined()) return out;
   const at::Tensor dense = values->contiguous();
-  for (int64_t c = 0; c < num_channels; ++c) {
-    out[c] = dense.scalar_type() == at::kDouble ? dense.const_data_ptr<double>()[c]
-                                                : dense.const_data_ptr<float>()[c];
+  if (dense.scalar_type() == at::kDouble) {
+    std::copy_n(dense.const_data_ptr<double>(), num_channels, out.begin());
+  } else {
+    std::copy_n(dense.const_data_ptr<float>(), num_channels, out.begin());
   }
   return out;
 }
 
 at::Tensor write_channels(const Channels& values, const at::TensorOptions& acc) {
   at::Tensor out = at::empty({static_cast<int64_t>(values.size())}, acc);
-  for (size_t c = 0; c < values.size(); ++c) {
-    if (out.scalar_type() == at::kDouble) {
-      out.mutable_data_ptr<double>()[c] = values[c];
-    } else {
-      out.mutable_data_ptr<float>()[c] = static_cast<float>(values[c]);
-    }
+  if (out.scalar_type() == at::kDouble) {
+    std::copy(values.begin(), values.end(), out.mutable_data_ptr<double>());
+  } else {
+    std::transform(values.begin(), values.end(), out.mutable_data_ptr<float>(),
+                   [](double value) { return static_cast<float>(value); });
   }
   return out;
 }
 
 Expanded::Expanded(const DtypeKernels& kernels, const Layout& layout, const Channels& values,
                    const at::TensorOptions& acc)
-    : data_(at::empty({layout.period > 0 ? layout.period : layout.channels}, acc)) {
-  kernels.expand(layout, values.data(), data_.mutable_data_ptr());
+    : data_(c10::GetCPUAllocator()->allocate(
+          (layout.period > 0 ? layout.period : layout.channels) * acc.dtype().itemsize())) {
+  kernels.expand(layout, values.data(), data_.get());
 }
 
 Affine make_affine(const Channels& var, const Channels& gate, const Channels& weight,

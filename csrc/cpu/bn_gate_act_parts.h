@@ -27,10 +27,10 @@ class Expanded {
   Expanded() = default;
   Expanded(const DtypeKernels& kernels, const Layout& layout, const Channels& values,
            const at::TensorOptions& acc);
-  const void* get() const { return data_.const_data_ptr(); }
+  const void* get() const { return data_.get(); }
 
  private:
-  at::Tensor data_;
+  c10::DataPtr data_;
 };
 
 // z = (x - mean) * scale + shift. Forward and backward both start from the rounded mean and var,

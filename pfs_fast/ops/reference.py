@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
@@ -122,6 +123,36 @@ def frozen_conv(
     weight = weight.detach()
     bias = None if bias is None else bias.detach()
     return conv(x, weight, bias, stride, padding, dilation, groups)
+
+
+def frozen_conv_branch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    *,
+    step: int | tuple[int, ...] = 2,
+) -> tuple[Tensor, Tensor]:
+    """The convolution, and pixels of its input; see :func:`pfs_fast.ops.frozen_conv_branch`."""
+    steps = checked_step(step, x.dim() - 2)
+    y = frozen_conv(x, weight, bias, stride, padding, dilation, groups)
+    return y, x[(..., *(slice(None, None, s) for s in steps))].clone(
+        memory_format=suggest_memory_format(x)
+    )
+
+
+def checked_step(step: int | tuple[int, ...], dims: int) -> list[int]:
+    """The step of ``frozen_conv_branch`` in each dimension; ValueError where it is none."""
+    steps = [step] * dims if isinstance(step, int) else list(step)
+    if len(steps) != dims or any(s < 1 for s in steps):
+        raise ValueError(
+            f"frozen_conv_branch: step must be a number of at least 1 or one for each of the {dims} spatial dimensions, got {step}; "
+            "pass the stride of the 1x1 convolution"
+        )
+    return steps
 
 
 def winograd_conv(
