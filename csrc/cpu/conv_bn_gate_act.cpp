@@ -37,6 +37,7 @@ class StatisticsWorker {
       : pass_(pass), blocks_(blocks), layout_(layout), kernels_(kernels), partials_(partials),
         scratch_(6 * layout.unit) {}
 
+  static constexpr bool kMakesInput = false;
   const float* input(int64_t) const { return pass_.x; }
   void done(int64_t block) {
     const Lines lines = blocks_.written(block);
@@ -95,6 +96,7 @@ class GradientWorker {
     memory_ = std::make_unique<cpu::WinogradBuffer>(most * line_);
   }
 
+  static constexpr bool kMakesInput = true;
   const float* input(int64_t block) {
     const Lines all = made(block), own = blocks_.own(block);
     // Where line 0 would be, were it there.

@@ -58,9 +58,10 @@ struct WinogradKernels {
   // are 0.
   void (*transform_weights)(const WinogradShape&, const float* weight, int64_t first,
                             const PackedWeights& packed);
-  // Tiles [first, last) -> rows [0, last - first), [C] each, C rounded up to lanes.
+  // Tiles [first, last) -> rows [0, last - first), [C] each, C rounded up to lanes. cached: x is in
+  // a cache near the core; else it is fetched some tiles ahead.
   void (*transform_input)(const WinogradShape&, const float* x, int64_t first, int64_t last,
-                          const Spectrum& input);
+                          const Spectrum& input, bool cached);
   // product [rows, width] = input [rows, K] times packed [K, width], for every frequency.
   void (*multiply)(const Spectrum& input, const PackedWeights& packed, const Spectrum& product,
                    int64_t rows, int64_t depth, const Ahead& first, const Ahead& second);

@@ -231,36 +231,66 @@ PFS_INLINE void transform_window(const Window<kOutputs + 2>& window, int64_t c, 
   }
 }
 
+// Tiles whose pixels are fetched ahead of the one that is transformed. The processor's own
+// prefetching does not follow so many rows at once: without, a map that has left the caches takes up
+// to twice as long as one that is there.
+constexpr int kTilesAhead = 4;
+
+// Pixels of a tile which the one before it in its row does not read, from the first row on. An
+// address, since it may lie beside the image: it is fetched, not read.
+template <int kOutputs>
+PFS_INLINE uintptr_t new_pixels(const WinogradShape& s, const float* x,
+                                const TilePlace<kOutputs>& place) {
+  const int64_t line = place.image * s.height + place.y - s.pad_y;
+  const int64_t pixel = line * s.width + place.x - s.pad_x + 2;
+  return reinterpret_cast<uintptr_t>(x) +
+         static_cast<uintptr_t>(pixel * s.in_channels) * sizeof(float);
+}
+
+// The part of them that falls to one vector of channels; line: bytes of a row of pixels.
+template <int kOutputs>
+PFS_INLINE void fetch_pixels(uintptr_t pixels, int64_t channel, int64_t line) {
+  constexpr int kLine = 64, kBytes = kOutputs * kLanes * static_cast<int>(sizeof(float));
+  pixels += static_cast<uintptr_t>(channel) * kOutputs * sizeof(float);
+#pragma GCC unroll 6
+  for (int i = 0; i < kOutputs + 2; ++i, pixels += line) {
+#pragma GCC unroll 4
+    for (int at = 0; at < kBytes; at += kLine)
+      __builtin_prefetch(reinterpret_cast<const void*>(pixels + at), /*rw=*/0, /*locality=*/2);
+  }
+}
+
+template <int kOutputs, bool kInside>
+PFS_INLINE void transform_tile(const WinogradShape& s, const Window<kOutputs + 2>& window,
+                               float* out, int64_t frequency, bool cached, uintptr_t ahead) {
+  const int64_t channels = s.in_channels, line = s.width * channels * sizeof(float);
+  if (channels < kLanes) {
+    if (!cached) fetch_pixels<kOutputs>(ahead, 0, line);
+    transform_window<kOutputs, false, kInside>(window, 0, channels, out, frequency);
+    return;
+  }
+  for (int64_t next = 0; next < channels; next += kLanes) {
+    if (!cached) fetch_pixels<kOutputs>(ahead, next, line);
+    // What is less than a vector at the end is done by the last whole one: faster than part of one.
+    const int64_t c = channels - next < kLanes ? channels - kLanes : next;
+    transform_window<kOutputs, true, kInside>(window, c, kLanes, out + c, frequency);
+  }
+}
+
 template <int kOutputs>
 void transform_input(const WinogradShape& s, const float* x, int64_t first, int64_t last,
-                     const Spectrum& input) {
-  const int64_t channels = s.in_channels;
-  const int64_t frequency = input.frequency, row = input.row;
-  const int64_t whole = channels / kLanes * kLanes;
-  const int64_t end = channels < kLanes ? 0 : channels;
+                     const Spectrum& input, bool cached) {
   float* out = input.data;
-  TilePlace<kOutputs> place(s, first);
+  TilePlace<kOutputs> place(s, first), ahead = place;
+  for (int i = 0; i < kTilesAhead; ++i) ahead.next();
   Window<kOutputs + 2> window;
-  for (int64_t tile = first; tile < last; ++tile, place.next(), out += row) {
+  for (int64_t tile = first; tile < last; ++tile, place.next(), ahead.next(), out += input.row) {
     place_window(s, x, place, window);
-    // What is less than a vector at the end is done by the last whole one: faster than part of one.
+    const uintptr_t pixels = new_pixels(s, x, ahead);
     if (window.inside) {
-      for (int64_t next = 0; next < end; next += kLanes) {
-        const int64_t c = next < whole ? next : channels - kLanes;
-        transform_window<kOutputs, true, true>(window, c, kLanes, out + c, frequency);
-      }
+      transform_tile<kOutputs, true>(s, window, out, input.frequency, cached, pixels);
     } else {
-      for (int64_t next = 0; next < end; next += kLanes) {
-        const int64_t c = next < whole ? next : channels - kLanes;
-        transform_window<kOutputs, true, false>(window, c, kLanes, out + c, frequency);
-      }
-    }
-    if (end == 0) {
-      if (window.inside) {
-        transform_window<kOutputs, false, true>(window, 0, channels, out, frequency);
-      } else {
-        transform_window<kOutputs, false, false>(window, 0, channels, out, frequency);
-      }
+      transform_tile<kOutputs, false>(s, window, out, input.frequency, cached, pixels);
     }
   }
 }

@@ -63,11 +63,16 @@ struct WinogradPass {
     const int64_t row = std::min(line % shape.tiles_y * kernels.tile, height);
     return line / shape.tiles_y * height + row;
   }
-  const float* input_of(int64_t tile) const {
-    return x + first_row(tile, shape.height) * shape.width * shape.in_channels;
+  int64_t first_output(int64_t tile) const {
+    return first_row(tile, shape.out_height) * shape.out_width * shape.out_channels;
   }
-  const float* output_of(int64_t tile) const {
-    return y + first_row(tile, shape.out_height) * shape.out_width * shape.out_channels;
+  // What the outputs of tiles are written to, and what is added to them.
+  Ahead outputs_of(int64_t begin, int64_t end) const {
+    return {y + first_output(begin), y + first_output(end)};
+  }
+  Ahead added_of(int64_t begin, int64_t end) const {
+    if (added == nullptr) return {};
+    return {added + first_output(begin), added + first_output(end)};
   }
 
   int64_t spectrum_floats(int64_t rows, int64_t row) const {
@@ -120,11 +125,9 @@ inline void run_by_tiles(const WinogradPass& pass) {
         pass.spectrum(buffer.get() + pass.spectrum_floats(size, row), size, width);
     for (int64_t block; (block = share.next()) >= 0;) {
       const int64_t begin = block * size, end = std::min(begin + size, tiles);
-      pass.kernels.transform_input(s, pass.x, begin, end, input);
-      const int64_t after = std::min(end + size, tiles);
+      pass.kernels.transform_input(s, pass.x, begin, end, input, /*cached=*/false);
       pass.kernels.multiply(input, weights, product, end - begin, s.in_channels,
-                            {pass.output_of(begin), pass.output_of(end)},
-                            {pass.input_of(end), pass.input_of(after)});
+                            pass.outputs_of(begin, end), pass.added_of(begin, end));
       pass.kernels.transform_output(s, product, begin, end, 0, width, pass.bias, pass.added, pass.y);
     }
   });
@@ -181,8 +184,9 @@ class RowBlocks {
 };
 
 // As run_by_tiles, by rows of tiles. make_worker() is called by each thread and gives an object with
-// input(block), the address that pass.x would have if its lines read(block) were there, and
-// done(block), called when the lines written(block) are.
+// input(block), the address that pass.x would have if its lines read(block) were there,
+// kMakesInput, whether it has just made them, and done(block), called when the lines written(block)
+// are.
 template <class MakeWorker>
 void run_by_rows(const WinogradPass& pass, const RowBlocks& blocks, const MakeWorker& make_worker) {
   const WinogradShape& s = pass.shape;
@@ -198,9 +202,9 @@ void run_by_rows(const WinogradPass& pass, const RowBlocks& blocks, const MakeWo
     auto worker = make_worker();
     for (int64_t block; (block = share.next()) >= 0;) {
       const int64_t begin = blocks.begin(block), end = blocks.begin(block + 1);
-      pass.kernels.transform_input(s, worker.input(block), begin, end, input);
+      pass.kernels.transform_input(s, worker.input(block), begin, end, input, worker.kMakesInput);
       pass.kernels.multiply(input, weights, product, end - begin, s.in_channels,
-                            {pass.output_of(begin), pass.output_of(end)}, {});
+                            pass.outputs_of(begin, end), pass.added_of(begin, end));
       pass.kernels.transform_output(s, product, begin, end, 0, width, pass.bias, pass.added, pass.y);
       worker.done(block);
     }
@@ -226,7 +230,7 @@ inline void run_by_channels(const WinogradPass& pass) {
     at::parallel_for(begin, end, 6, [&](int64_t first, int64_t last) {
       Spectrum part = input;
       part.data += (first - begin) * input.row;
-      pass.kernels.transform_input(s, pass.x, first, last, part);
+      pass.kernels.transform_input(s, pass.x, first, last, part, /*cached=*/false);
     });
     share_out(at::divup(width, chunk), [&](SharedBlocks::Share& share) {
       const WinogradBuffer own(pass.weight_floats(chunk) + pass.spectrum_floats(size, chunk));
