@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 
-Options = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
+from pfs_fast.ops._options import ConvOptions
 
 
 def _pixels(x: Tensor, step: Sequence[int]) -> Tensor:
@@ -23,7 +23,12 @@ class FrozenConvBranchFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, step: list[int]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: ConvOptions,
+        step: list[int],
     ) -> tuple[Tensor, Tensor]:
         y = torch.ops.pfs_fast.frozen_conv(x, weight, bias, *options)
         ctx.save_for_backward(weight)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 
-Options = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
+from pfs_fast.ops._options import ConvOptions
 
 
 class RecomputedConvNormFunction(torch.autograd.Function):
@@ -29,7 +29,7 @@ class RecomputedConvNormFunction(torch.autograd.Function):
         gate: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        conv_options: Options,
+        conv_options: ConvOptions,
         eps: float,
         act: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +143,9 @@ def _norm_backward(
     ]
 
 
-def _pixels_read(x: Tensor, conv_weight: Tensor, options: Options) -> tuple[Tensor, Options]:
+def _pixels_read(
+    x: Tensor, conv_weight: Tensor, options: ConvOptions
+) -> tuple[Tensor, ConvOptions]:
     """A smaller input, and options, of the same convolution: without the pixels that a 1x1 kernel with a stride passes over."""
     stride, padding, dilation, groups = options
     fits = len(stride) == x.dim() - 2 and all(
