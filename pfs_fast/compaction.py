@@ -22,8 +22,8 @@ from .slim import narrow_layers
 from .widths import WidthRule
 
 MIN_SAVING = 0.02  # share of the MACs below which narrowing is not worth it
-# Steps that one narrowing must save: about twice what it takes. Counted, not timed, since the same seed must narrow at the same
-# step: sums over other widths round differently.
+# Steps that one narrowing must save: more than it takes, which is 0.4 of ResNet-20's at batch 128 on two cores, and more where
+# steps are short. Counted, not timed, since the same seed must narrow at the same step: sums over other widths round differently.
 MIN_STEPS_SAVED = 20.0
 
 
