@@ -14,7 +14,7 @@ import torch
 from benchmarks.machine import Machine
 from benchmarks.roofline import Ceilings
 from benchmarks.settings import NETWORKS, PROFILES, Settings, precision_name
-from benchmarks.suites import agreement, convs, memory, ops, search, step
+from benchmarks.suites import agreement, analysis, convs, memory, ops, search, step
 from benchmarks.tables import Case, append_csv, markdown_table
 from pfs_fast.config import compute_dtype
 
@@ -25,6 +25,7 @@ SUITES: dict[str, ModuleType] = {
     "search": search,
     "agreement": agreement,
     "memory": memory,
+    "analysis": analysis,
 }
 
 

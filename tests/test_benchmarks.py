@@ -19,7 +19,7 @@ from benchmarks.machine import Machine
 from benchmarks.roofline import Ceilings, Work, step_floor
 from benchmarks.settings import PROFILES, Settings
 from benchmarks.steps import gate_places
-from benchmarks.suites import agreement, memory, ops, search, step
+from benchmarks.suites import agreement, analysis, memory, ops, search, step
 from benchmarks.timing import Clock, Effort, Spread, time_variants
 from pfs_fast._library import is_loaded
 from pfs_fast.plan import prepare
@@ -224,7 +224,8 @@ def test_command_line_parses():
     assert chosen.suite == ["step", "memory"]
     assert chosen.data == ["cifar10", "x.npz"]
     assert chosen.profile == "quick"
-    assert set(command.SUITES) == {"ops", "convs", "step", "search", "agreement", "memory"}
+    suites = {"ops", "convs", "step", "search", "agreement", "memory", "analysis"}
+    assert set(command.SUITES) == suites
 
 
 @pytest.mark.parametrize(
@@ -269,6 +270,26 @@ def test_step_suite_writes_a_row_for_every_variant(tmp_path, monkeypatch, capsys
 
 
 @needs_operators
+def test_analysis_suite_holds_times_against_their_limits(settings, monkeypatch):
+    def small() -> nn.Module:
+        return pfs.models.get("resnet20", expansion=0.25)
+
+    models = {"fast": (small, 1e9), "slow": (small, 0.0), "compared": (small, None)}
+    monkeypatch.setattr(analysis, "MODELS", models)
+    monkeypatch.setattr(analysis, "BUDGETS", {"half": pfs.Budget(0.5)})
+    *groups, structures = analysis.run(settings)
+    lines = [case.lines[analysis.GROUPS][0] for case in groups]
+    assert [(line["network"], line["met"]) for line in lines] == [
+        ("fast", "yes"),
+        ("slow", "no"),
+        ("compared", None),
+    ]
+    assert all(line["groups"] == 12 and line["ms"].n == 2 for line in lines)
+    (line,) = structures.lines[analysis.STRUCTURES]
+    assert line["MACs kept"] == pytest.approx(0.5 * 4089e6, rel=0.01)
+    assert structures.rows[0]["limit_ms"] == analysis.STRUCTURE_LIMIT_MS
+
+
 def test_memory_suite_compares_with_the_naive_step(settings):
     (case,) = memory.run(settings)
     found = {row["variant"]: row for row in case.rows}
