@@ -76,7 +76,7 @@ class Profile:
 _CIFAR_PAIR = ("vgg16", "resnet20")
 
 PROFILES = {
-    # Ten minutes for all suites on two cores.
+    # Under five minutes for all suites on two cores.
     ("quick", "cpu"): Profile(
         batch=32,
         large_batch=4,
