@@ -8,10 +8,12 @@ the trainings between two processes. ``--report`` prints the table of what is th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import pfs_fast as pfs
+from benchmarks.experiments.fused_training import fused
 from benchmarks.experiments.ranking_rules import RULES, Measured, rule_of
 from pfs_fast.cost import CostModel
 from pfs_fast.files import write_text_atomic
@@ -30,7 +33,8 @@ from pfs_fast.structure import Structure
 
 NETWORKS = {"resnet20": ("resnet20", 1.0), "vgg16-0.25": ("vgg16", 0.25)}
 # Short trainings scatter: an annealed rate and averaged weights take a good part of it away.
-RECIPE = {"lr": 0.05, "schedule": "cosine", "ema": 0.98}
+RECIPE = {"lr": 0.05, "schedule": "cosine", "ema": 0.998}
+RATES = 25  # learning rates of a training
 SEARCH_BATCH = 128  # images
 WATCHED_STEPS = 50  # steps at either end whose gradients are averaged
 
@@ -41,15 +45,36 @@ def network(name: str, seed: int) -> nn.Module:
     return pfs.models.get(factory, num_classes=10, expansion=expansion)
 
 
+class Pieces:
+    """A loader's batches without end, so many at each pass: an "epoch" of `pfs.train` is a piece of a pass over the data, and
+    the learning rate may change several times within it."""
+
+    def __init__(self, loader: pfs.data.DeviceLoader, batches: int) -> None:
+        self._batches = batches
+        self._endless = self._passes(loader)
+
+    @staticmethod
+    def _passes(loader: pfs.data.DeviceLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in itertools.count():
+            loader.set_epoch(epoch)
+            yield from loader
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.islice(self._endless, self._batches)
+
+
 def loaders(
-    path: Path, images: int, batch: int, seed: int
+    path: Path, batch: int, seed: int
 ) -> tuple[pfs.data.DeviceLoader, pfs.data.DeviceLoader]:
-    """The first ``images`` training images, and all test images."""
+    """All training images, and all test images."""
     data = np.load(path)
     statistics = {"mean": pfs.data.CIFAR10_MEAN, "std": pfs.data.CIFAR10_STD, "num_classes": 10}
     train = pfs.data.DeviceLoader(
-        data["x_train"][:images],
-        data["y_train"][:images],
+        data["x_train"],
+        data["y_train"],
         batch,
         train=True,
         seed=seed,
@@ -137,14 +162,15 @@ def structure(found: Measured, rule: str, share: float) -> Structure:
 
 
 def train_one(arguments: argparse.Namespace, name: str, seed: int, share: float, rule: str) -> dict:
-    searched, _ = loaders(arguments.data, arguments.images, SEARCH_BATCH, seed)
-    train, test = loaders(arguments.data, arguments.images, arguments.batch, seed)
+    searched, _ = loaders(arguments.data, SEARCH_BATCH, seed)
+    train, test = loaders(arguments.data, arguments.batch, seed)
     found = measured(arguments.out, name, seed, searched, arguments.steps, arguments.target)
     cut = structure(found, rule, share)
     slim = pfs.slim(network(name, seed), cut, seed=seed)
     started = time.perf_counter()
-    config = pfs.TrainConfig(epochs=arguments.epochs, seed=seed, **RECIPE)
-    pfs.train(slim, train, config=config, progress=False)
+    config = pfs.TrainConfig(epochs=RATES, seed=seed, **RECIPE)
+    batches = arguments.images // (RATES * arguments.batch)
+    pfs.train(fused(slim), Pieces(train, batches), config=config, progress=False)
     accuracy = pfs.evaluate(slim, test)
     return {
         "network": name,
@@ -155,9 +181,8 @@ def train_one(arguments: argparse.Namespace, name: str, seed: int, share: float,
         "macs": cut.macs,
         "params": cut.params,
         "widths": [len(kept) for kept in cut.kept.values()],
-        "images": arguments.images,
+        "images": batches * RATES * arguments.batch,
         "batch": arguments.batch,
-        "epochs": arguments.epochs,
         "steps": arguments.steps,
         "target": arguments.target,
         "seconds": round(time.perf_counter() - started, 1),
@@ -173,7 +198,7 @@ def report(rows: list[dict]) -> str:
         here = [r for r in rows if (r["network"], r["share"]) == (name, share)]
         lines += [
             "",
-            f"**{name}, {share:.0%} of the MACs** ({here[0]['epochs']} epochs of {here[0]['images']} images)",
+            f"**{name}, {share:.0%} of the MACs** ({here[0]['images']:,} images)",
             "",
             "| rule | accuracy % | standard deviation | n | params |",
             "|---|---|---|---|---|",
@@ -215,8 +240,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", default=list(RULES), type=rule_name)
     parser.add_argument("--steps", type=int, default=1000, help="steps of the search")
     parser.add_argument("--target", type=float, default=0.5, help="share of gates of the search")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs of each training")
-    parser.add_argument("--images", type=int, default=15000, help="training images")
+    parser.add_argument("--images", type=int, default=250_000, help="images of each training")
     parser.add_argument("--batch", type=int, default=64, help="images of a training step")
     parser.add_argument("--worker", default="0/1", metavar="I/N", help="take every N-th training")
     parser.add_argument("--report", action="store_true", help="only print the table")
