@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from exactness import random_keep
+from group_cases import CASES
 from small_nets import conv
-from test_groups import CASES
 from torch import nn
 
 from pfs_fast.analysis import analyse
