@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 import torch
 from exactness import random_keep
+from slim_cases import CONV, NET, Net, broken, structure
 from small_nets import Net2
-from test_slim import CONV, NET, Net, broken, structure
 from torch import nn
 
 from pfs_fast.analysis import analyse
