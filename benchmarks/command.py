@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from benchmarks.machine import Machine
+from benchmarks.parts import write_whole
 from benchmarks.roofline import Ceilings
 from benchmarks.settings import NETWORKS, PROFILES, Settings, precision_name
 from benchmarks.suites import agreement, analysis, convs, memory, ops, search, step
@@ -151,15 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = settings.machine
     print(f"{machine}\n{settings.ceilings}\n", flush=True)
     suites = SUITES if "all" in chosen.suite else dict.fromkeys(chosen.suite)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    tables = settings.out / f"tables_{settings.device.type}.md"
     header = (
         f"## {machine.date}, profile {chosen.profile}\n\n{machine}\n\nLimits: {settings.ceilings}"
     )
-    sections = [header]
     for name in suites:
-        sections.append(run_suite(name, settings))
-        print(f"\n{sections[-1]}\n", flush=True)
-    with tables.open("a", encoding="utf-8") as file:
-        file.write("\n\n".join(sections) + "\n\n")
-    print(f"tables: {tables}")
+        section = run_suite(name, settings)
+        tables = settings.out / f"{name}_{settings.device.type}.md"
+        write_whole(tables, f"{header}\n\n{section}\n".encode())
+        print(f"\n{section}\n\ntables: {tables}\n", flush=True)

@@ -10,7 +10,7 @@
 # Writes: $OUT/gpu_check.txt     machine, versions, commit, one line per stage with its time
 #         $OUT/gpu_check.log     everything the stages printed
 #         $OUT/<suite>_cuda.csv  one for each suite of python -m benchmarks, profile quick
-#         $OUT/tables_cuda.md    their tables
+#         $OUT/<suite>_cuda.md   their tables
 #
 # The extension is built in place for the GPUs present, or for TORCH_CUDA_ARCH_LIST. A stage that fails or runs out of time is
 # recorded and the next one goes on. Exit code: 0 all passed, 1 a stage failed, 2 no GPU.

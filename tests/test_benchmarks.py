@@ -266,7 +266,11 @@ def test_step_suite_writes_a_row_for_every_variant(tmp_path, monkeypatch, capsys
     assert int(rows["ours"]["saved_bytes"]) < 0.5 * int(rows["naive"]["saved_bytes"])
     assert rows["cudnn"]["note"].startswith("not run: ")
     assert rows["compiled"]["ms"] == ""
-    assert "| resnet20 | 2 | ours |" in (tmp_path / "tables_cpu.md").read_text()
+    tables = (tmp_path / "step_cpu.md").read_text()
+    assert "| resnet20 | 2 | ours |" in tables
+    command.main(line.split())
+    assert len((tmp_path / "step_cpu.md").read_text().splitlines()) == len(tables.splitlines())
+    assert len(read(tmp_path / "step_cpu.csv")) == 2 * len(rows)
 
 
 @needs_operators
