@@ -22,6 +22,7 @@ from benchmarks.steps import gate_places
 from benchmarks.suites import agreement, analysis, memory, ops, search, step
 from benchmarks.timing import Clock, Effort, Spread, time_variants
 from pfs_fast._library import is_loaded
+from pfs_fast.config import PRECISIONS
 from pfs_fast.plan import prepare
 
 CPU = torch.device("cpu")
@@ -299,8 +300,9 @@ def test_memory_suite_compares_with_the_naive_step(settings):
     found = {row["variant"]: row for row in case.rows}
     assert set(found) == {"naive", "folded", "ours"}
     assert found["naive"]["peak_share"] == found["naive"]["saved_share"] == 1.0
-    # Two of three saved tensors go, the third stays.
-    assert 0.3 < found["ours"]["saved_share"] < 0.45
+    # Two of three saved tensors go, the third stays, in fewer bytes where bf16 is native.
+    itemsize = PRECISIONS[found["ours"]["precision"]].itemsize
+    assert 0.3 < found["ours"]["saved_share"] * 4 / itemsize < 0.45
     assert found["ours"]["saved_share"] < found["folded"]["saved_share"] < 1.0
     (line,) = case.lines[memory.TITLE]
     assert line["peak <= 0.4"] == ("yes" if found["ours"]["peak_share"] <= 0.4 else "no")

@@ -9,7 +9,9 @@ from torch import nn
 import pfs_fast as pfs
 from pfs_fast.groups import ChannelGroup
 from pfs_fast.plan import prepare
-from pfs_fast.widths import WidthRule
+from pfs_fast.widths import WidthRule, preferred_multiple
+
+VECTOR = preferred_multiple(torch.device("cpu"))  # 8 or 16, by the processor
 
 
 def group(size: int, channels_per_unit: int = 1) -> ChannelGroup:
@@ -51,7 +53,7 @@ def rules_of(model: nn.Module, **options: object) -> dict[str, WidthRule]:
 def test_groups_of_own_convolutions_take_pairs() -> None:
     found = rules("resnet20")
     assert {rule.multiple for rule in found.values()} == {2}
-    assert {rule.least for rule in found.values()} == {8}
+    assert {rule.least for rule in found.values()} == {VECTOR}
 
 
 @pytest.mark.parametrize(
@@ -64,12 +66,12 @@ def test_groups_of_own_convolutions_take_pairs() -> None:
     ],
 )
 def test_other_kernels_take_whole_vectors(options: dict[str, object]) -> None:
-    assert {rule.multiple for rule in rules("resnet20", **options).values()} == {8}
+    assert {rule.multiple for rule in rules("resnet20", **options).values()} == {VECTOR}
 
 
 def test_a_group_that_others_kernels_read_takes_whole_vectors() -> None:
     found = rules("mobilenet_v1")  # depthwise convolutions are PyTorch's
-    assert {rule.multiple for rule in found.values()} == {8}
+    assert {rule.multiple for rule in found.values()} == {VECTOR}
 
 
 class Scaled(nn.Module):
@@ -85,4 +87,4 @@ class Scaled(nn.Module):
 
 
 def test_a_group_with_a_bare_parameter_takes_whole_vectors() -> None:
-    assert rules_of(Scaled())["a"].multiple == 8
+    assert rules_of(Scaled())["a"].multiple == VECTOR
