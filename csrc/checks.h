@@ -150,8 +150,9 @@ inline void check_winograd_image(const char* op, const char* name, const at::Ten
   TORCH_CHECK_VALUE(t.dim() == 4, op, ": ", name,
                     " must have 4 dimensions [N, C, H, W], got shape ", t.sizes(),
                     "; use frozen_conv for others");
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, op, ": ", name, " must be float32, got ",
-                   t.scalar_type(), "; use frozen_conv for other dtypes");
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16, op, ": ", name,
+                   " must be float32 or bfloat16, got ", t.scalar_type(),
+                   "; use frozen_conv for other dtypes");
 }
 
 inline void check_winograd_weight(const char* op, const at::Tensor& weight, const char* x_name,
@@ -160,8 +161,9 @@ inline void check_winograd_weight(const char* op, const at::Tensor& weight, cons
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
                     ": weight must have shape [C_out, C_in, 3, 3], got ", weight.sizes(),
                     "; use frozen_conv for other kernels");
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, op, ": weight must be float32, got ",
-                   weight.scalar_type(), "; use frozen_conv for other dtypes");
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, ": weight must have the dtype of ",
+                   x_name, ", ", x.scalar_type(), ", got ", weight.scalar_type(),
+                   "; cast the frozen weight once");
   TORCH_CHECK_VALUE(x.size(1) == weight.size(channel_dim), op, ": ", x_name, " must have ",
                     weight.size(channel_dim), " channels (weight.size(", channel_dim, ")), got ",
                     x.size(1), "; weight and ", x_name, " do not belong together");
@@ -188,7 +190,8 @@ inline void check_winograd_input(const char* op, const at::Tensor& x, const at::
                       ": bias must have shape [C_out] with C_out = ", weight.size(0),
                       " (weight.size(0)), got ", bias->sizes(),
                       "; pass one value per output channel");
-    TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat, op, ": bias must be float32, got ",
+    TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), op,
+                     ": bias must have the dtype of x, ", x.scalar_type(), ", got ",
                      bias->scalar_type(), "; cast the frozen bias once");
     check_same_device(op, "bias", *bias, x);
   }

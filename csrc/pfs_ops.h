@@ -100,19 +100,19 @@ at::Tensor frozen_conv_backward(  // grad_x [N, C_in, *spatial] = input_size, in
     at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups);
 
-// frozen_conv of a 3x3 kernel with stride 1 in float32 on the CPU, by Winograd's minimal filtering
+// frozen_conv of a 3x3 kernel with stride 1 on the CPU, by Winograd's minimal filtering
 // F(tile x tile, 3x3): the same sums with 2.25 (tile 2) or 4 (tile 4) times fewer products, rounded
-// otherwise. The result does not depend on the number of threads.
+// otherwise. In bfloat16 the sums are float32, rounded once. The result does not depend on the number of threads.
 at::Tensor winograd_conv(      // [N, C_out, H + 2 padding[0] - 2, W + 2 padding[1] - 2], layout(x)
-    const at::Tensor& x,       // [N, C_in, H, W], float32
-    const at::Tensor& weight,  // [C_out, C_in, 3, 3], float32
-    const OptionalTensor& bias,  // [C_out], float32
+    const at::Tensor& x,       // [N, C_in, H, W], float32 or bfloat16
+    const at::Tensor& weight,  // [C_out, C_in, 3, 3], dtype of x
+    const OptionalTensor& bias,  // [C_out], dtype of x
     at::IntArrayRef padding,     // two values in [0, 2]
     int64_t tile);               // 2 or 4
 
 at::Tensor winograd_conv_backward(  // grad_x [N, C_in, H, W], layout(grad_y)
-    const at::Tensor& grad_y,       // [N, C_out, H_out, W_out], float32
-    const at::Tensor& weight,       // [C_out, C_in, 3, 3], float32
+    const at::Tensor& grad_y,       // [N, C_out, H_out, W_out], float32 or bfloat16
+    const at::Tensor& weight,       // [C_out, C_in, 3, 3], dtype of grad_y
     at::IntArrayRef padding, int64_t tile);
 
 // Maximum over windows, dilation 1, sizes rounded down: max_pool2d of PyTorch, the first of equal
@@ -152,9 +152,9 @@ using ConvBnGateActOutputs = std::tuple<at::Tensor,   // y     [N, C, H_out, W_o
                                         at::Tensor>;  // aux   see AuxKind in activation.h
 
 ConvBnGateActOutputs conv_bn_gate_act_cpu(
-    const at::Tensor& x,              // [N, C_in, H, W], float32
-    const at::Tensor& conv_weight,    // [C, C_in, 3, 3], float32
-    const OptionalTensor& conv_bias,  // [C], float32
+    const at::Tensor& x,              // [N, C_in, H, W], float32 or bfloat16
+    const at::Tensor& conv_weight,    // [C, C_in, 3, 3], dtype of x
+    const OptionalTensor& conv_bias,  // [C], dtype of x
     const OptionalTensor& gate,       // [C], float32; absent = 1
     const OptionalTensor& weight,     // [C], float32; absent = 1
     const OptionalTensor& bias,       // [C], float32; absent = 0

@@ -55,9 +55,9 @@ class SearchConfig:
             step that cannot be recorded is reported and taken without; networks with hooks, or with functions that were not
             traced, are never recorded, since their Python must run in every step. No effect on CUDA.
         channels_last: Lay out images and weights channels_last.
-        winograd: Run 3x3 convolutions by Winograd's minimal filtering where that is faster: float32 on the CPU, channels_last,
-            fused backend; without effect elsewhere. Same sums, rounded otherwise: relative error of a layer up to 3e-6
-            against 1e-6 of a direct convolution. ``False``: PyTorch's own convolutions.
+        winograd: Run 3x3 convolutions by Winograd's minimal filtering where that is faster: float32, and bf16 but on processors with AMX, on
+            the CPU, channels_last, fused backend; without effect elsewhere. Same sums, rounded otherwise: relative error of a
+            layer in float32 up to 3e-6 against 1e-6 of a direct convolution. ``False``: PyTorch's own convolutions.
         seed: Of everything random inside the search (dropout, a shuffling DataLoader).
         log_every: Steps between two entries of the history.
     """

@@ -125,11 +125,9 @@ def prepare(
     )
     absorbing = absorbing_groups(network, groups, chosen_units(graph, groups))
     fuse_convs(network.train_net, kernels)
-    own = (
-        device.type == "cpu" and dtype == torch.float32 and kernels is ops and config.channels_last
-    )
+    own = device.type == "cpu" and kernels is ops and config.channels_last and config.winograd
     widths = width_rules(
-        network, groups, preferred_multiple(device), own_kernels=own and config.winograd
+        network, groups, preferred_multiple(device), own_kernels=dtype if own else None
     )
     compaction = Compaction(network, bank, groups, sites, absorbing, widths)
     watch = None

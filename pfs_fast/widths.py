@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from . import winograd
 from .gated import GatedNetwork
 from .gated_layers import FrozenConv
 from .groups import ChannelGroup, ChannelGroups
@@ -44,7 +45,11 @@ def preferred_multiple(device: torch.device) -> int:
 
 
 def width_rules(
-    network: GatedNetwork, groups: ChannelGroups, multiple: int, *, own_kernels: bool
+    network: GatedNetwork,
+    groups: ChannelGroups,
+    multiple: int,
+    *,
+    own_kernels: torch.dtype | None,
 ) -> dict[str, WidthRule]:
     """The rule of every group, by name.
 
@@ -55,12 +60,15 @@ def width_rules(
         network: With ``fuse_convs`` done.
         groups: Its gated groups.
         multiple: Of `preferred_multiple`.
-        own_kernels: Whether images have the device, dtype and layout that this package's convolutions take.
+        own_kernels: dtype of images that have the device and layout which this package's convolutions take; None for others.
     """
     own: set[nn.Module] = set()
-    if own_kernels:
-        frozen = (m for m in network.train_net.modules() if isinstance(m, FrozenConv))
-        own = {layer.conv for layer in frozen if layer.fast or _is_direct(layer.conv)}
+    if own_kernels is not None:
+        frozen = [m for m in network.train_net.modules() if isinstance(m, FrozenConv)]
+        if winograd.serves(own_kernels):
+            own |= {layer.conv for layer in frozen if layer.fast}
+        if own_kernels == torch.float32:
+            own |= {layer.conv for layer in frozen if _is_direct(layer.conv)}
     modules = dict(network.root.named_modules(remove_duplicate=False))
     rules = {}
     for group in groups.groups:

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pfs_fast as pfs
-from pfs_fast import _library
+from pfs_fast import _library, winograd
+from pfs_fast.config import PRECISIONS
 from pfs_fast.plan import prepare
 from pfs_fast.widths import WidthRule
 
@@ -66,7 +67,8 @@ def check(counted: Operations, precision: str) -> None:
     norms = counted.all["bn_gate_act"] + counted.all["conv_bn_gate_act"]
     assert norms == 21
     assert convolutions(counted, "") == 21 + SHORTCUTS
-    assert (counted.all["conv_bn_gate_act"] > 0) == (precision == "fp32")
+    fused = winograd.serves(PRECISIONS[precision])
+    assert (counted.all["conv_bn_gate_act"] > 0) == fused
     # The stem has no gate and its input no gradient; the shortcuts of the first gates start there.
     assert convolutions(counted, "_backward") <= 20
     assert counted.all["gate_step_"] == 1
@@ -81,13 +83,11 @@ def check(counted: Operations, precision: str) -> None:
     )
     expected = {*convs, *norms, "clone", "add_"}
     # The sum of the two gradients where a block's input branches is in the first convolution's, or apart.
-    expected |= (
-        {"conv_bn_gate_act", "_conv_bn_gate_act_backward"} if precision == "fp32" else {"add"}
-    )
+    expected |= {"conv_bn_gate_act", "_conv_bn_gate_act_backward"} if fused else {"add"}
     assert set(counted.large) - {"detach", "expand", "div", "view", "slice"} == expected
     # A block whose first convolution passes its input on has the sum in that convolution's gradient.
     passed_on = counted.large["view"]
-    assert passed_on == (6 if precision == "fp32" else 0)
+    assert passed_on == (6 if fused else 0)
     assert counted.large["add"] == 6 - passed_on
     # Besides, one accumulation into the flat gradient for each of 9 groups, a detached weight for each convolution, and the head.
     small = counted.all.total() - sum(counted.all[name] for name in expected)

@@ -62,7 +62,7 @@ def test_can_use(options, usable):
     assert not winograd.can_use(nn.ConvTranspose2d(16, 16, 3))
 
 
-def test_tile_of_wants_float32_in_channels_last():
+def test_tile_of_wants_channels_last_and_a_dtype_that_it_serves(monkeypatch):
     conv = nn.Conv2d(16, 16, 3, padding=1)
     x = torch.randn(8, 16, 8, 8)
     last = x.contiguous(memory_format=torch.channels_last)
@@ -70,7 +70,11 @@ def test_tile_of_wants_float32_in_channels_last():
     assert winograd.tile_of(conv, x) == winograd.DIRECT
     assert winograd.tile_of(conv, last[0]) == winograd.DIRECT
     assert winograd.tile_of(conv.double(), last.double()) == winograd.DIRECT
-    assert winograd.tile_of(conv.bfloat16(), last.bfloat16()) == winograd.DIRECT
+    assert winograd.tile_of(conv.float(), last.bfloat16()) == winograd.DIRECT
+    for matrix_units, tile in ((False, 4), (True, winograd.DIRECT)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=matrix_units: found)
+        assert winograd.tile_of(conv.bfloat16(), last.bfloat16()) == tile
+        assert winograd.tile_of(conv.float(), last) == 4
     meta = torch.empty_like(last, device="meta")
     assert winograd.tile_of(nn.Conv2d(16, 16, 3, padding=1), meta) == winograd.DIRECT
 

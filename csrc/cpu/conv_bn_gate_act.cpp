@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <memory>
 #include <vector>
 
 #include "../checks.h"
@@ -25,9 +24,7 @@ using cpu::WinogradPass;
 
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
-const float* data_of(const at::Tensor& t) {
-  return t.defined() ? t.const_data_ptr<float>() : nullptr;
-}
+const void* data_of(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 
 // Adds up the lines of u that a block has written.
 class StatisticsWorker {
@@ -38,7 +35,7 @@ class StatisticsWorker {
         scratch_(6 * layout.unit) {}
 
   static constexpr bool kMakesInput = false;
-  const float* input(int64_t) const { return pass_.x; }
+  const void* input(int64_t) const { return pass_.x; }
   void done(int64_t block) {
     const Lines lines = blocks_.written(block);
     const int64_t line = pass_.shape.out_width * layout_.channels;
@@ -85,24 +82,24 @@ cpu::Moments convolve(const WinogradPass& pass, const Layout& layout,
 class GradientWorker {
  public:
   GradientWorker(const NormBackward& norm, const WinogradPass& pass, const RowBlocks& blocks,
-                 float* grad_residual)
+                 void* grad_residual)
       : norm_(norm), blocks_(blocks), line_(pass.shape.width * pass.shape.in_channels),
-        grad_residual_(grad_residual) {
+        itemsize_(pass.kernels.itemsize), grad_residual_(grad_residual) {
     int64_t most = 0;
     for (int64_t block = 0; block < blocks.count(); ++block) {
       const Lines lines = made(block);
       most = std::max(most, lines.last - lines.first);
     }
-    memory_ = std::make_unique<cpu::WinogradBuffer>(most * line_);
+    memory_ = cpu::allocate(static_cast<size_t>(most * line_ * itemsize_));
   }
 
   static constexpr bool kMakesInput = true;
-  const float* input(int64_t block) {
+  const void* input(int64_t block) {
     const Lines all = made(block), own = blocks_.own(block);
     // Where line 0 would be, were it there.
-    const auto address = reinterpret_cast<uintptr_t>(memory_->get()) -
-                         static_cast<uintptr_t>(all.first * line_) * sizeof(float);
-    auto* grad_u = reinterpret_cast<float*>(address);
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get()) -
+                         static_cast<uintptr_t>(all.first * line_ * itemsize_);
+    auto* grad_u = reinterpret_cast<void*>(address);
     if (grad_residual_ == nullptr) {
       make(all, grad_u, nullptr);
     } else {
@@ -119,7 +116,7 @@ class GradientWorker {
     const Lines read = blocks_.read(block), own = blocks_.own(block);
     return {std::min(read.first, own.first), std::max(read.last, own.last)};
   }
-  void make(const Lines& lines, float* grad_u, float* grad_residual) const {
+  void make(const Lines& lines, void* grad_u, void* grad_residual) const {
     if (lines.first < lines.last) {
       norm_.apply(lines.first * line_, lines.last * line_, grad_u, grad_residual);
     }
@@ -127,9 +124,9 @@ class GradientWorker {
 
   const NormBackward& norm_;
   const RowBlocks& blocks_;
-  const int64_t line_;
-  float* grad_residual_;
-  std::unique_ptr<cpu::WinogradBuffer> memory_;
+  const int64_t line_, itemsize_;
+  void* grad_residual_;
+  c10::DataPtr memory_;
 };
 
 }  // namespace
@@ -141,24 +138,29 @@ ConvBnGateActOutputs conv_bn_gate_act_cpu(
     std::string_view act) {
   constexpr const char* op = "conv_bn_gate_act";
   checks::check_winograd_input(op, x_in, conv_weight, conv_bias, padding);
-  const cpu::WinogradKernels& winograd = cpu::winograd_kernels(op, tile);
+  const at::ScalarType type = x_in.scalar_type();
+  const cpu::WinogradKernels& winograd = cpu::winograd_kernels(op, tile, type);
   const at::Tensor x = x_in.contiguous(kLast), dense_weight = conv_weight.contiguous(kLast);
   at::Tensor dense_bias;
-  if (checks::is_present(conv_bias)) dense_bias = conv_bias->contiguous();
+  if (checks::is_present(conv_bias)) dense_bias = conv_bias->to(at::kFloat).contiguous();
   const cpu::WinogradShape shape =
       cpu::winograd_shape(winograd, x.size(0), x.size(1), x.size(2), x.size(3),
                           conv_weight.size(0), padding[0], padding[1], /*reversed=*/false);
   const at::Tensor u = cpu::empty(
-      {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, at::kFloat, kLast);
+      {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, type, kLast);
   checks::check_bn_gate_act(u, gate, weight, bias, residual, std::nullopt, std::nullopt,
                             /*training=*/true, eps, act, op);
-  const cpu::DtypeKernels& kernels = cpu::norm_kernels(at::kFloat);
-  const WinogradPass pass{winograd,           shape,
-                          data_of(x),         data_of(dense_weight),
-                          data_of(dense_bias), u.mutable_data_ptr<float>()};
+  const cpu::DtypeKernels& kernels = cpu::norm_kernels(type);
+  const WinogradPass pass{winograd,
+                          shape,
+                          data_of(x),
+                          data_of(dense_weight),
+                          static_cast<const float*>(data_of(dense_bias)),
+                          u.mutable_data_ptr()};
   const cpu::Moments moments = convolve(pass, cpu::make_rows_layout(u, kernels.tile), kernels);
-  const at::Tensor mean = cpu::write_channels(moments.mean, u.options());
-  const at::Tensor var = cpu::write_channels(moments.var, u.options());
+  const at::TensorOptions acc = u.options().dtype(checks::acc_type(u));
+  const at::Tensor mean = cpu::write_channels(moments.mean, acc);
+  const at::Tensor var = cpu::write_channels(moments.var, acc);
   auto [y, mean_used, var_used, aux] =
       bn_gate_act_cpu(u, gate, weight, bias, residual, mean, var, /*training=*/false, eps, act);
   return {y, u, mean, var, aux};
@@ -177,7 +179,8 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
                     "; pass what conv_bn_gate_act returned");
   const Act act = checks::check_bn_gate_act_backward(grad_y, u, mean, var, gate, weight, bias, aux,
                                                      act_name, has_residual, op);
-  const cpu::WinogradKernels& winograd = cpu::winograd_kernels(op, tile);
+  const at::ScalarType type = u.scalar_type();
+  const cpu::WinogradKernels& winograd = cpu::winograd_kernels(op, tile, type);
   const auto [wants_x, wants_gate, wants_weight, wants_bias, wants_residual] = output_mask;
   const bool sums = wants_x || wants_gate || wants_weight || wants_bias;
   const AuxKind kept = aux_kind(act, has_residual);
@@ -192,9 +195,9 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
   const bool in_place = wants_residual && kept != AuxKind::kPreAct &&
                         dense_grad.const_data_ptr() != grad_y.const_data_ptr();
   if (wants_residual)
-    grad_residual = in_place ? dense_grad : cpu::empty(u.sizes(), at::kFloat, kLast);
-  float* to_residual = wants_residual ? grad_residual.mutable_data_ptr<float>() : nullptr;
-  const auto all_at_once = [&](float* grad_u) {
+    grad_residual = in_place ? dense_grad : cpu::empty(u.sizes(), type, kLast);
+  void* to_residual = wants_residual ? grad_residual.mutable_data_ptr() : nullptr;
+  const auto all_at_once = [&](void* grad_u) {
     if (u.numel() == 0) return;
     cpu::for_each_chunk_backwards(norm.layout(), [&](int64_t begin, int64_t end) {
       norm.apply(begin, end, grad_u, to_residual);
@@ -210,20 +213,20 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
         winograd, u.size(0), u.size(1), u.size(2), u.size(3), conv_weight.size(1), 2 - padding[0],
         2 - padding[1], /*reversed=*/true);
     grad_x = cpu::empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
-                        at::kFloat, kLast);
+                        type, kLast);
     at::Tensor branch;
     if (checks::is_present(grad_branch)) {
       TORCH_CHECK_VALUE(grad_branch->sizes() == grad_x.sizes(), op,
                         ": grad_branch must have the shape of x, ", grad_x.sizes(), ", got ",
                         grad_branch->sizes(), "; pass the gradient of x's other use");
-      TORCH_CHECK_TYPE(grad_branch->scalar_type() == at::kFloat, op,
-                       ": grad_branch must be float32, got ", grad_branch->scalar_type(),
-                       "; cast it");
+      TORCH_CHECK_TYPE(grad_branch->scalar_type() == type, op,
+                       ": grad_branch must have the dtype of grad_y, ", type, ", got ",
+                       grad_branch->scalar_type(), "; cast it");
       checks::check_same_device(op, "grad_branch", *grad_branch, grad_y, "grad_y");
       branch = grad_branch->contiguous(kLast);
     }
     WinogradPass pass{winograd, shape,   nullptr, data_of(dense_weight),
-                      nullptr,  grad_x.mutable_data_ptr<float>(), data_of(branch)};
+                      nullptr,  grad_x.mutable_data_ptr(), data_of(branch)};
     if (cpu::is_empty(pass)) {
       all_at_once(nullptr);
     } else if (cpu::runs_by_tiles(pass) && u.numel() > 0) {
@@ -231,16 +234,17 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
       cpu::run_by_rows(pass, blocks,
                        [&] { return GradientWorker(norm, pass, blocks, to_residual); });
     } else {
-      const at::Tensor grad_u = cpu::empty(u.sizes(), at::kFloat, kLast);
-      all_at_once(grad_u.mutable_data_ptr<float>());
+      const at::Tensor grad_u = cpu::empty(u.sizes(), type, kLast);
+      all_at_once(grad_u.mutable_data_ptr());
       pass.x = data_of(grad_u);
       cpu::run_winograd(pass);
     }
   } else if (wants_residual && !in_place) {
     all_at_once(nullptr);
   }
+  const at::TensorOptions acc = u.options().dtype(checks::acc_type(u));
   const auto wanted = [&](bool wants, const cpu::Channels& values) {
-    return wants ? cpu::write_channels(values, u.options()) : at::empty({0}, u.options());
+    return wants ? cpu::write_channels(values, acc) : at::empty({0}, acc);
   };
   return {grad_x, wanted(wants_gate, norm.grad_gate()), wanted(wants_weight, norm.grad_weight()),
           wanted(wants_bias, norm.grad_bias()), grad_residual};

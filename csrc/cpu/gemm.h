@@ -69,18 +69,19 @@ PFS_INLINE void multiply_block(const float* a, int64_t a_row, const float* b, fl
 // Fetches a range of memory line by line, a few lines at each call.
 class Fetch {
  public:
-  PFS_INLINE Fetch(const float* begin, const float* end, int64_t calls)
-      : next_(begin), end_(end), floats_(((end - begin) / calls / kLine + 1) * kLine) {}
+  PFS_INLINE Fetch(const void* begin, const void* end, int64_t calls)
+      : next_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)),
+        bytes_(((end_ - next_) / calls / kLine + 1) * kLine) {}
   PFS_INLINE void some() {
-    const float* stop = end_ - next_ > floats_ ? next_ + floats_ : end_;
+    const char* stop = end_ - next_ > bytes_ ? next_ + bytes_ : end_;
     for (; next_ < stop; next_ += kLine) __builtin_prefetch(next_);
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(float);
-  const float* next_;
-  const float* end_;
-  int64_t floats_;
+  static constexpr int64_t kLine = 64;
+  const char* next_;
+  const char* end_;
+  int64_t bytes_;
 };
 
 // All rows against one panel.

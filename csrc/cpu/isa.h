@@ -1,6 +1,7 @@
 // Which instruction set the CPU kernels use in this process.
 #pragma once
 
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
@@ -73,10 +74,11 @@ inline const Isa& chosen_isa() {
   return isa;
 }
 
-inline const WinogradKernels& winograd_kernels(const char* op, int64_t tile) {
+// type: of images and weights, float or bfloat16.
+inline const WinogradKernels& winograd_kernels(const char* op, int64_t tile, c10::ScalarType type) {
   TORCH_CHECK_VALUE(tile == 2 || tile == 4, op, ": tile must be 2 or 4, got ", tile,
                     "; frozen_conv convolves directly");
-  return chosen_isa().winograd[tile / 2 - 1];
+  return chosen_isa().winograd[tile / 2 - 1 + (type == c10::kBFloat16 ? 2 : 0)];
 }
 
 }  // namespace pfs::cpu

@@ -26,10 +26,10 @@ at::Tensor convolve(const WinogradKernels& kernels, const at::Tensor& x_in,
       cpu::winograd_shape(kernels, x.size(0), x.size(1), x.size(2), x.size(3),
                           weight.size(reversed ? 1 : 0), pad_y, pad_x, reversed);
   const at::Tensor y =
-      cpu::empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width}, at::kFloat,
-                 at::MemoryFormat::ChannelsLast);
-  cpu::run_winograd({kernels, shape, x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-                     bias, y.mutable_data_ptr<float>()});
+      cpu::empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
+                 x.scalar_type(), at::MemoryFormat::ChannelsLast);
+  cpu::run_winograd(
+      {kernels, shape, x.const_data_ptr(), weight.const_data_ptr(), bias, y.mutable_data_ptr()});
   return y.contiguous(x_in.suggest_memory_format());
 }
 
@@ -39,8 +39,9 @@ at::Tensor winograd_conv(const at::Tensor& x, const at::Tensor& weight, const Op
                          at::IntArrayRef padding, int64_t tile) {
   constexpr const char* op = "winograd_conv";
   checks::check_winograd_input(op, x, weight, bias, padding);
-  const WinogradKernels& kernels = cpu::winograd_kernels(op, tile);
-  const at::Tensor dense_bias = checks::is_present(bias) ? bias->contiguous() : at::Tensor();
+  const WinogradKernels& kernels = cpu::winograd_kernels(op, tile, x.scalar_type());
+  const at::Tensor dense_bias =
+      checks::is_present(bias) ? bias->to(at::kFloat).contiguous() : at::Tensor();
   return convolve(kernels, x, weight,
                   dense_bias.defined() ? dense_bias.const_data_ptr<float>() : nullptr, padding[0],
                   padding[1], /*reversed=*/false);
@@ -50,7 +51,7 @@ at::Tensor winograd_conv_backward(const at::Tensor& grad_y, const at::Tensor& we
                                   at::IntArrayRef padding, int64_t tile) {
   constexpr const char* op = "_winograd_conv_backward";
   checks::check_winograd_gradient(op, grad_y, weight, padding);
-  return convolve(cpu::winograd_kernels(op, tile), grad_y, weight, nullptr, 2 - padding[0],
+  return convolve(cpu::winograd_kernels(op, tile, grad_y.scalar_type()), grad_y, weight, nullptr, 2 - padding[0],
                   2 - padding[1], /*reversed=*/true);
 }
 

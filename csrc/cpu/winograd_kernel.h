@@ -45,22 +45,24 @@ struct PackedWeights {
 // Memory that will be read or written soon, to be fetched while a multiplication leaves the memory
 // idle. Empty by default.
 struct Ahead {
-  const float* begin = nullptr;
-  const float* end = nullptr;
+  const void* begin = nullptr;
+  const void* end = nullptr;
 };
 
-// C = input channels, K likewise where matrices are multiplied.
+// C = input channels, K likewise where matrices are multiplied. Images and weights are float or
+// bfloat16; what is between the transforms, and the bias, is float.
 struct WinogradKernels {
-  int64_t tile;   // m
-  int64_t lanes;  // values of a vector; row lengths are multiples of it
+  int64_t tile;      // m
+  int64_t lanes;     // floats of a vector; row lengths are multiples of it
+  int64_t itemsize;  // bytes of a value of images and weights
 
   // Weights of output channels [first, first + packed.width) -> packed; channels beyond the last
   // are 0.
-  void (*transform_weights)(const WinogradShape&, const float* weight, int64_t first,
+  void (*transform_weights)(const WinogradShape&, const void* weight, int64_t first,
                             const PackedWeights& packed);
   // Tiles [first, last) -> rows [0, last - first), [C] each, C rounded up to lanes. cached: x is in
   // a cache near the core; else it is fetched some tiles ahead.
-  void (*transform_input)(const WinogradShape&, const float* x, int64_t first, int64_t last,
+  void (*transform_input)(const WinogradShape&, const void* x, int64_t first, int64_t last,
                           const Spectrum& input, bool cached);
   // product [rows, width] = input [rows, K] times packed [K, width], for every frequency.
   void (*multiply)(const Spectrum& input, const PackedWeights& packed, const Spectrum& product,
@@ -69,10 +71,11 @@ struct WinogradKernels {
   // [out_channels] and added, laid out as y, unless null. Channels beyond the last are left out.
   void (*transform_output)(const WinogradShape&, const Spectrum& product, int64_t first,
                            int64_t last, int64_t channel, int64_t width, const float* bias,
-                           const float* added, float* y);
+                           const void* added, void* y);
 };
 
-// Null where the file was compiled without its instruction set. [0]: m = 2, [1]: m = 4.
+// Null where the file was compiled without its instruction set. m = 2 and 4 for float, then for
+// bfloat16.
 extern const WinogradKernels* const winograd_baseline;
 extern const WinogradKernels* const winograd_avx2;
 extern const WinogradKernels* const winograd_avx512;

@@ -1,6 +1,7 @@
 // The kernels of winograd_conv, compiled once per instruction set by winograd_kernel_<isa>.cpp.
 #pragma once
 
+#include <cstring>
 #include <utility>
 
 #include "winograd_kernel.h"
@@ -8,6 +9,28 @@
 
 namespace pfs::cpu {
 namespace {
+
+// Half as many bytes as a vector of floats: as many values of bfloat16.
+typedef uint16_t Halves __attribute__((vector_size(PFS_VECTOR_BYTES / 2)));
+
+PFS_INLINE Floats widened(Halves v) {
+  return (Floats)(__builtin_convertvector(v, Vec<float>::U) << 16);
+}
+PFS_INLINE Halves narrowed(Floats v) {
+  return __builtin_convertvector(bfloat16_in_upper_half(v) >> 16, Halves);
+}
+
+PFS_INLINE Floats load_values(const float* p) { return load_floats(p); }
+PFS_INLINE Floats load_values(const BFloat16* p) {
+  Halves v;
+  std::memcpy(&v, p, sizeof(v));
+  return widened(v);
+}
+PFS_INLINE void store_values(float* p, Floats v) { store_floats(p, v); }
+PFS_INLINE void store_values(BFloat16* p, Floats v) {
+  const Halves halves = narrowed(v);
+  std::memcpy(p, &halves, sizeof(halves));
+}
 
 // The first `count` lanes, fewer than all; the others are 0, and their memory is not touched.
 PFS_INLINE Floats load_some(const float* p, int64_t count) {
@@ -23,6 +46,15 @@ PFS_INLINE Floats load_some(const float* p, int64_t count) {
   return v;
 #endif
 }
+PFS_INLINE Floats load_some(const BFloat16* p, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  return widened((Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+#else
+  Halves v = {};
+  std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(BFloat16));
+  return widened(v);
+#endif
+}
 
 PFS_INLINE void store_some(float* p, Floats v, int64_t count) {
 #if defined(__AVX512F__)
@@ -33,6 +65,14 @@ PFS_INLINE void store_some(float* p, Floats v, int64_t count) {
   _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(all, lanes), (__m256)v);
 #else
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+PFS_INLINE void store_some(BFloat16* p, Floats v, int64_t count) {
+  const Halves halves = narrowed(v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), (__m256i)halves);
+#else
+  std::memcpy(p, &halves, static_cast<size_t>(count) * sizeof(BFloat16));
 #endif
 }
 
@@ -112,20 +152,21 @@ PFS_INLINE void transform_taps(const Floats (*taps)[kLanes], int64_t k, float* o
 }
 
 // Taps [k0, k0 + count) of the lanes output channels from `channel` on; those beyond the last are 0.
-PFS_INLINE void load_taps(const WinogradShape& s, const float* weight, int64_t channel, int64_t k0,
+template <class T>
+PFS_INLINE void load_taps(const WinogradShape& s, const T* weight, int64_t channel, int64_t k0,
                           int64_t count, Floats (*taps)[kLanes]) {
   const int64_t present = s.out_channels - channel;
   for (int64_t tap = 0; tap < 9; ++tap) {
     if (s.reversed) {
       for (int64_t k = 0; k < count; ++k) {
-        const float* from = weight + ((k0 + k) * 9 + tap) * s.out_channels + channel;
-        taps[tap][k] = present >= kLanes ? load_floats(from) : load_some(from, present);
+        const T* from = weight + ((k0 + k) * 9 + tap) * s.out_channels + channel;
+        taps[tap][k] = present >= kLanes ? load_values(from) : load_some(from, present);
       }
     } else {
       for (int64_t i = 0; i < kLanes; ++i) {
-        const float* from = weight + ((channel + i) * 9 + tap) * s.in_channels + k0;
+        const T* from = weight + ((channel + i) * 9 + tap) * s.in_channels + k0;
         taps[tap][i] = i >= present        ? Floats{}
-                       : count >= kLanes   ? load_floats(from)
+                       : count >= kLanes   ? load_values(from)
                                            : load_some(from, count);
       }
       transpose(taps[tap]);
@@ -133,9 +174,10 @@ PFS_INLINE void load_taps(const WinogradShape& s, const float* weight, int64_t c
   }
 }
 
-template <int kOutputs>
-void transform_weights(const WinogradShape& s, const float* weight, int64_t first,
+template <class T, int kOutputs>
+void transform_weights(const WinogradShape& s, const void* weights, int64_t first,
                        const PackedWeights& packed) {
+  const auto* weight = static_cast<const T*>(weights);
   const int64_t depth = s.in_channels;
   Floats taps[9][kLanes];  // [tap][k], lanes: output channels
   for (int64_t panel = 0, width; panel < packed.width; panel += width) {
@@ -157,20 +199,20 @@ void transform_weights(const WinogradShape& s, const float* weight, int64_t firs
 // ---- images ----
 
 // Where the inputs of one tile lie.
-template <int kInputs>
+template <class T, int kInputs>
 struct Window {
-  const float* rows[kInputs];  // null: a row of zeros
+  const T* rows[kInputs];  // null: a row of zeros
   int64_t columns[kInputs];    // offset of a pixel in its row; any pixel where there is none
   bool inside;                 // every column has a pixel
   Vec<float>::I masks[kInputs];  // where not inside: all bits set, or none for a column of zeros
 };
 
-template <int kOutputs, int kInputs = kOutputs + 2>
-PFS_INLINE void place_window(const WinogradShape& s, const float* x,
-                             const TilePlace<kOutputs>& place, Window<kInputs>& window) {
+template <class T, int kOutputs, int kInputs = kOutputs + 2>
+PFS_INLINE void place_window(const WinogradShape& s, const T* x,
+                             const TilePlace<kOutputs>& place, Window<T, kInputs>& window) {
   const int64_t channels = s.in_channels, line = s.width * channels;
   const int64_t top = place.y - s.pad_y, left = place.x - s.pad_x;
-  const float* image = x + place.image * s.height * line;
+  const T* image = x + place.image * s.height * line;
 #pragma GCC unroll 6
   for (int i = 0; i < kInputs; ++i) {
     const int64_t row = top + (s.reversed ? kInputs - 1 - i : i);
@@ -191,8 +233,8 @@ PFS_INLINE void place_window(const WinogradShape& s, const float* x,
 }
 
 // One vector of channels of one tile; count: channels that are left.
-template <int kOutputs, bool kWhole, bool kInside>
-PFS_INLINE void transform_window(const Window<kOutputs + 2>& window, int64_t c, int64_t count,
+template <int kOutputs, bool kWhole, bool kInside, class T>
+PFS_INLINE void transform_window(const Window<T, kOutputs + 2>& window, int64_t c, int64_t count,
                                  float* out, int64_t frequency) {
   constexpr int kInputs = kOutputs + 2;
   Floats half[kInputs][kInputs];
@@ -203,12 +245,12 @@ PFS_INLINE void transform_window(const Window<kOutputs + 2>& window, int64_t c, 
       for (int j = 0; j < kInputs; ++j) half[i][j] = Floats{};
       continue;
     }
-    const float* row = window.rows[i] + c;
+    const T* row = window.rows[i] + c;
     Floats values[kInputs];
 #pragma GCC unroll 6
     for (int j = 0; j < kInputs; ++j) {
-      const float* from = row + window.columns[j];
-      values[j] = kWhole ? load_floats(from) : load_some(from, count);
+      const T* from = row + window.columns[j];
+      values[j] = kWhole ? load_values(from) : load_some(from, count);
       if (!kInside) values[j] = (Floats)((Vec<float>::I)values[j] & window.masks[j]);
     }
     Points<kOutputs>::input(values, half[i]);
@@ -238,20 +280,20 @@ constexpr int kTilesAhead = 4;
 
 // Pixels of a tile which the one before it in its row does not read, from the first row on. An
 // address, since it may lie beside the image: it is fetched, not read.
-template <int kOutputs>
-PFS_INLINE uintptr_t new_pixels(const WinogradShape& s, const float* x,
+template <int kOutputs, class T>
+PFS_INLINE uintptr_t new_pixels(const WinogradShape& s, const T* x,
                                 const TilePlace<kOutputs>& place) {
   const int64_t line = place.image * s.height + place.y - s.pad_y;
   const int64_t pixel = line * s.width + place.x - s.pad_x + 2;
   return reinterpret_cast<uintptr_t>(x) +
-         static_cast<uintptr_t>(pixel * s.in_channels) * sizeof(float);
+         static_cast<uintptr_t>(pixel * s.in_channels) * sizeof(T);
 }
 
 // The part of them that falls to one vector of channels; line: bytes of a row of pixels.
-template <int kOutputs>
+template <int kOutputs, class T>
 PFS_INLINE void fetch_pixels(uintptr_t pixels, int64_t channel, int64_t line) {
-  constexpr int kLine = 64, kBytes = kOutputs * kLanes * static_cast<int>(sizeof(float));
-  pixels += static_cast<uintptr_t>(channel) * kOutputs * sizeof(float);
+  constexpr int kLine = 64, kBytes = kOutputs * kLanes * static_cast<int>(sizeof(T));
+  pixels += static_cast<uintptr_t>(channel) * kOutputs * sizeof(T);
 #pragma GCC unroll 6
   for (int i = 0; i < kOutputs + 2; ++i, pixels += line) {
 #pragma GCC unroll 4
@@ -260,30 +302,31 @@ PFS_INLINE void fetch_pixels(uintptr_t pixels, int64_t channel, int64_t line) {
   }
 }
 
-template <int kOutputs, bool kInside>
-PFS_INLINE void transform_tile(const WinogradShape& s, const Window<kOutputs + 2>& window,
+template <int kOutputs, bool kInside, class T>
+PFS_INLINE void transform_tile(const WinogradShape& s, const Window<T, kOutputs + 2>& window,
                                float* out, int64_t frequency, bool cached, uintptr_t ahead) {
-  const int64_t channels = s.in_channels, line = s.width * channels * sizeof(float);
+  const int64_t channels = s.in_channels, line = s.width * channels * sizeof(T);
   if (channels < kLanes) {
-    if (!cached) fetch_pixels<kOutputs>(ahead, 0, line);
+    if (!cached) fetch_pixels<kOutputs, T>(ahead, 0, line);
     transform_window<kOutputs, false, kInside>(window, 0, channels, out, frequency);
     return;
   }
   for (int64_t next = 0; next < channels; next += kLanes) {
-    if (!cached) fetch_pixels<kOutputs>(ahead, next, line);
+    if (!cached) fetch_pixels<kOutputs, T>(ahead, next, line);
     // What is less than a vector at the end is done by the last whole one: faster than part of one.
     const int64_t c = channels - next < kLanes ? channels - kLanes : next;
     transform_window<kOutputs, true, kInside>(window, c, kLanes, out + c, frequency);
   }
 }
 
-template <int kOutputs>
-void transform_input(const WinogradShape& s, const float* x, int64_t first, int64_t last,
+template <class T, int kOutputs>
+void transform_input(const WinogradShape& s, const void* image, int64_t first, int64_t last,
                      const Spectrum& input, bool cached) {
+  const auto* x = static_cast<const T*>(image);
   float* out = input.data;
   TilePlace<kOutputs> place(s, first), ahead = place;
   for (int i = 0; i < kTilesAhead; ++i) ahead.next();
-  Window<kOutputs + 2> window;
+  Window<T, kOutputs + 2> window;
   for (int64_t tile = first; tile < last; ++tile, place.next(), ahead.next(), out += input.row) {
     place_window(s, x, place, window);
     const uintptr_t pixels = new_pixels(s, x, ahead);
@@ -316,8 +359,8 @@ void multiply(const Spectrum& input, const PackedWeights& packed, const Spectrum
 // One vector of channels of one tile. y: its first output in memory; added: as far from y in bytes as
 // the same value of what is added, where kAdds; rows, columns: outputs inside of the image, counted
 // from there.
-template <int kOutputs, bool kWhole, bool kInside, bool kAdds>
-PFS_INLINE void transform_products(const float* in, int64_t frequency, Floats shift, float* y,
+template <int kOutputs, bool kWhole, bool kInside, bool kAdds, class T>
+PFS_INLINE void transform_products(const float* in, int64_t frequency, Floats shift, T* y,
                                    int64_t added, int64_t y_row, int64_t y_column, int64_t rows,
                                    int64_t columns, bool reversed, int64_t count) {
   constexpr int kInputs = kOutputs + 2;
@@ -344,17 +387,17 @@ PFS_INLINE void transform_products(const float* in, int64_t frequency, Floats sh
     for (int i = 0; i < kInputs; ++i) values[i] = half[i][j];
     Points<kOutputs>::output(values, transformed);
     const bool has_column = kInside || (reversed ? kOutputs - 1 - j : j) < columns;
-    float* to = y;
+    T* to = y;
 #pragma GCC unroll 4
     for (int i = 0; i < kOutputs; ++i) {
       if (kInside || (has_column && (reversed ? kOutputs - 1 - i : i) < rows)) {
         Floats value = transformed[i] + shift;
         if (kAdds) {
-          const auto* other = reinterpret_cast<const float*>(reinterpret_cast<intptr_t>(to) + added);
-          value += kWhole ? load_floats(other) : load_some(other, count);
+          const auto* other = reinterpret_cast<const T*>(reinterpret_cast<intptr_t>(to) + added);
+          value += kWhole ? load_values(other) : load_some(other, count);
         }
         if (kWhole) {
-          store_floats(to, value);
+          store_values(to, value);
         } else {
           store_some(to, value, count);
         }
@@ -365,10 +408,10 @@ PFS_INLINE void transform_products(const float* in, int64_t frequency, Floats sh
   }
 }
 
-template <int kOutputs, bool kAdds>
+template <int kOutputs, bool kAdds, class T>
 PFS_INLINE void transform_outputs(const WinogradShape& s, const Spectrum& product, int64_t first,
                                   int64_t last, int64_t channel, int64_t width, const float* bias,
-                                  int64_t added, float* y) {
+                                  int64_t added, T* y) {
   const int64_t frequency = product.frequency;
   const int64_t y_column = s.out_channels, y_row = s.out_width * y_column;
   const int64_t present = s.out_channels - channel < width ? s.out_channels - channel : width;
@@ -376,7 +419,7 @@ PFS_INLINE void transform_outputs(const WinogradShape& s, const Spectrum& produc
   const float* in = product.data;
   TilePlace<kOutputs> place(s, first);
   for (int64_t tile = first; tile < last; ++tile, place.next()) {
-    float* out = y + (place.image * s.out_height + place.y) * y_row + place.x * y_column + channel;
+    T* out = y + (place.image * s.out_height + place.y) * y_row + place.x * y_column + channel;
     const int64_t rows = s.out_height - place.y, columns = s.out_width - place.x;
     const bool inside = rows >= kOutputs && columns >= kOutputs;
     for (int64_t next = 0; next < present; next += kLanes) {
@@ -407,10 +450,11 @@ PFS_INLINE void transform_outputs(const WinogradShape& s, const Spectrum& produc
   }
 }
 
-template <int kOutputs>
+template <class T, int kOutputs>
 void transform_output(const WinogradShape& s, const Spectrum& product, int64_t first, int64_t last,
-                      int64_t channel, int64_t width, const float* bias, const float* added,
-                      float* y) {
+                      int64_t channel, int64_t width, const float* bias, const void* added,
+                      void* out) {
+  auto* y = static_cast<T*>(out);
   if (added == nullptr) {
     transform_outputs<kOutputs, false>(s, product, first, last, channel, width, bias, 0, y);
   } else {
@@ -419,17 +463,20 @@ void transform_output(const WinogradShape& s, const Spectrum& product, int64_t f
   }
 }
 
-template <int kOutputs>
+template <class T, int kOutputs>
 constexpr WinogradKernels winograd_of() {
   return {kOutputs,
           kLanes,
-          transform_weights<kOutputs>,
-          transform_input<kOutputs>,
+          sizeof(T),
+          transform_weights<T, kOutputs>,
+          transform_input<T, kOutputs>,
           multiply<kOutputs>,
-          transform_output<kOutputs>};
+          transform_output<T, kOutputs>};
 }
 
-constexpr WinogradKernels winograd_kernels[2] = {winograd_of<2>(), winograd_of<4>()};
+constexpr WinogradKernels winograd_kernels[4] = {winograd_of<float, 2>(), winograd_of<float, 4>(),
+                                                 winograd_of<BFloat16, 2>(),
+                                                 winograd_of<BFloat16, 4>()};
 
 }  // namespace
 }  // namespace pfs::cpu

@@ -26,7 +26,7 @@ constexpr int64_t kBlockBytes = 440 << 10;
 constexpr int64_t kMinTiles = 12;
 // Transformed input of all tiles that are worked on at once, where weights come by chunks; and of
 // their products, for each thread.
-constexpr int64_t kTilesBytes = int64_t{24} << 20;
+constexpr int64_t kTilesBytes = int64_t{6} << 20;
 constexpr int64_t kChunkChannels = 64;
 // Rows of all frequencies at multiples of a power of two would share few sets of a cache.
 constexpr int64_t kSkew = 16;
@@ -47,11 +47,11 @@ class WinogradBuffer {
 struct WinogradPass {
   const WinogradKernels& kernels;
   WinogradShape shape;
-  const float* x;
-  const float* weight;
+  const void* x;
+  const void* weight;
   const float* bias;
-  float* y;
-  const float* added = nullptr;  // to y, laid out as it is
+  void* y;
+  const void* added = nullptr;  // to y, laid out as it is
 
   int64_t frequencies() const { return (kernels.tile + 2) * (kernels.tile + 2); }
   int64_t padded(int64_t channels) const { return round_up(channels, kernels.lanes); }
@@ -63,16 +63,17 @@ struct WinogradPass {
     const int64_t row = std::min(line % shape.tiles_y * kernels.tile, height);
     return line / shape.tiles_y * height + row;
   }
-  int64_t first_output(int64_t tile) const {
-    return first_row(tile, shape.out_height) * shape.out_width * shape.out_channels;
+  const void* first_output(const void* of, int64_t tile) const {
+    const int64_t value = first_row(tile, shape.out_height) * shape.out_width * shape.out_channels;
+    return static_cast<const char*>(of) + value * kernels.itemsize;
   }
   // What the outputs of tiles are written to, and what is added to them.
   Ahead outputs_of(int64_t begin, int64_t end) const {
-    return {y + first_output(begin), y + first_output(end)};
+    return {first_output(y, begin), first_output(y, end)};
   }
   Ahead added_of(int64_t begin, int64_t end) const {
     if (added == nullptr) return {};
-    return {added + first_output(begin), added + first_output(end)};
+    return {first_output(added, begin), first_output(added, end)};
   }
 
   int64_t spectrum_floats(int64_t rows, int64_t row) const {

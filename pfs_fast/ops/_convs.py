@@ -120,20 +120,22 @@ def winograd_conv(
     *,
     tile: int = 4,
 ) -> Tensor:
-    """``frozen_conv`` of a 3x3 kernel with stride 1 in float32 on the CPU, with fewer products.
+    """``frozen_conv`` of a 3x3 kernel with stride 1 on the CPU, with fewer products.
 
     Winograd's minimal filtering F(tile x tile, 3x3) (Lavin and Gray, arXiv 1509.09308): 4 times
     fewer products than a direct convolution with tile 4, 2.25 times fewer with tile 2. The sums are
     the same but for rounding: a relative error of about 2e-7 to 8e-7 (tile 2) or 5e-7 to 3e-6 (tile
-    4) for 16 to 600 channels, where a direct convolution has 1e-7 to 1e-6. NaN and infinity in a
-    tile spread over the whole tile. Weights are transformed in every call, so that they may change
+    4) for 16 to 600 channels, where a direct convolution has 1e-7 to 1e-6. In bfloat16 transforms and
+    sums are float32 too, and rounded once, at the end. NaN and infinity in a tile spread over the
+    whole tile. Weights are transformed in every call, so that they may change
     between two calls and nothing but the weight is kept for the backward pass. The result does not
     depend on the number of threads. Differentiable once, in ``x``.
 
     Args:
-        x: Input. [N, C_in, H, W], float32, channels_last; other strides are copied first.
-        weight: Kernel. [C_out, C_in, 3, 3], float32.
-        bias: Shift, or None. [C_out], float32.
+        x: Input. [N, C_in, H, W], float32 or bfloat16, channels_last; other strides are copied
+            first.
+        weight: Kernel. [C_out, C_in, 3, 3], dtype of x.
+        bias: Shift, or None. [C_out], dtype of x.
         padding: Zeros added on each side, 0 to 2, one number or one per spatial dimension.
         tile: Outputs that are computed together, in each direction: 2 or 4.
 
@@ -143,7 +145,7 @@ def winograd_conv(
 
     Raises:
         ValueError: A shape or an option does not fit.
-        TypeError: A tensor is not float32.
+        TypeError: A tensor is neither float32 nor bfloat16, or not of the dtype of x.
         NotImplementedError: The tensors are not on the CPU.
         BackendError: The compiled operators are missing.
 

@@ -109,13 +109,14 @@ def conv_bn_gate_act(
     ``residual``.
 
     Args:
-        x: Input. [N, C_in, H, W], float32, channels_last; other strides are copied first.
-        conv_weight: Kernel. [C, C_in, 3, 3], float32; without gradient.
-        conv_bias: Shift of the convolution, or None. [C], float32; without gradient.
+        x: Input. [N, C_in, H, W], float32 or bfloat16, channels_last; other strides are copied
+            first.
+        conv_weight: Kernel. [C, C_in, 3, 3], dtype of x; without gradient.
+        conv_bias: Shift of the convolution, or None. [C], dtype of x; without gradient.
         gate: Channel gates. [C], float32. None is 1.
         weight: Scale of the normalisation. [C], float32. None is 1.
         bias: Shift of the normalisation. [C], float32. None is 0.
-        residual: Added before the activation. Shape of the result. None is 0.
+        residual: Added before the activation. Shape of the result, dtype of x. None is 0.
         running_mean: Moved towards the mean of the batch, in place, with momentum. [C], float32.
         running_var: Likewise. [C], float32.
         padding: Zeros added on each side, 0 to 2, one number or one per spatial dimension.
@@ -129,7 +130,7 @@ def conv_bn_gate_act(
 
     Raises:
         ValueError: A shape or an option does not fit; one value per channel.
-        TypeError: A tensor is not float32.
+        TypeError: A tensor has another dtype.
         NotImplementedError: The tensors are not on the CPU.
         BackendError: The compiled operators are missing.
 

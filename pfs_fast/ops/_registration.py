@@ -263,7 +263,7 @@ def _frozen_conv_autocast(device_type: str) -> Any:
 
 def _winograd_conv_autocast(device_type: str) -> Any:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-        # float32 is all that it has.
+        # Its sums are float32 in any case; bfloat16 is for those who bring it themselves.
         with torch.autocast(device_type, enabled=False):
             full_bias = None if bias is None else bias.float()
             return torch.ops.pfs_fast.winograd_conv(x.float(), weight.float(), full_bias, *options)
@@ -273,7 +273,7 @@ def _winograd_conv_autocast(device_type: str) -> Any:
 
 def _conv_bn_gate_act_autocast(device_type: str, operator: Any) -> Any:
     def run(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        # float32 is all that it has.
+        # Its sums are float32 in any case; bfloat16 is for those who bring it themselves.
         full = (None if t is None else t.float() for t in args[:6])
         with torch.autocast(device_type, enabled=False):
             return operator(x.float(), *full, *args[6:])

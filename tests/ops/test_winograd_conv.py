@@ -32,6 +32,9 @@ EMPTY = ((0, 4, 5, 6, 6, (1, 1)), (2, 4, 0, 6, 6, (1, 1)), (2, 0, 4, 6, 6, (1, 1
 # Root mean square of the errors in units of sqrt(9 C), the size of a value for normal x and weights: 6e-8 for each rounding,
 # times 3 to 14 for sums of up to 368 products, times 2 to 3 for the points of tile 4. Single values may be 8 times as far off.
 TOLERANCES = {2: 1e-6, 4: 3e-6}
+DTYPES = (torch.float32, torch.bfloat16)
+# Of a value that is rounded once, as a share of it: half a unit in the last place.
+ROUNDED = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}
 
 
 def make(shape, dtype=torch.float32):
@@ -49,31 +52,35 @@ def exact(x, weight, bias, padding, grad_y):
     return y.detach(), torch.autograd.grad(y, x, grad_y.double())[0]
 
 
-def assert_close(found, expected, depth, tile):
-    assert found.dtype == torch.float32
-    bound = TOLERANCES[tile] * (9 * depth) ** 0.5
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=8 * bound)
-    assert (found.double() - expected).square().mean().sqrt() < bound
+def assert_close(found, expected, depth, tile, dtype):
+    assert found.dtype == dtype
+    bound, last_place = TOLERANCES[tile] * (9 * depth) ** 0.5, ROUNDED[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=last_place, atol=8 * bound)
+    size = expected.square().mean().sqrt()
+    assert (found.double() - expected).square().mean().sqrt() < bound + last_place * size
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_float64(shape, tile):
-    x, weight, bias, padding = make(shape)
+def test_agrees_with_float64(shape, tile, dtype):
+    """In bfloat16 too the sums are float32, and rounded once."""
+    x, weight, bias, padding = make(shape, dtype)
     x.requires_grad_()
     for shift in (bias, None):
         y = ops.winograd_conv(x, weight, shift, padding, tile=tile)
         grad_y = torch.randn_like(y)
         (grad_x,) = torch.autograd.grad(y, x, grad_y)
         exact_y, exact_grad = exact(x, weight, shift, padding, grad_y)
-        assert_close(y, exact_y, shape[1], tile)
-        assert_close(grad_x, exact_grad, shape[2], tile)
+        assert_close(y, exact_y, shape[1], tile, dtype)
+        assert_close(grad_x, exact_grad, shape[2], tile, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
-def test_empty(shape, tile):
-    x, weight, bias, padding = make(shape)
+def test_empty(shape, tile, dtype):
+    x, weight, bias, padding = make(shape, dtype)
     y = ops.winograd_conv(x.requires_grad_(), weight, bias, padding, tile=tile)
     (grad_x,) = torch.autograd.grad(y.sum(), x)
     assert y.shape == (shape[0], shape[2], 6, 6) and grad_x.shape == x.shape
@@ -83,9 +90,10 @@ def test_empty(shape, tile):
     assert torch.equal(grad_x, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [2, 4])
-def test_any_layout(tile):
-    x, weight, bias, padding = make((3, 12, 10, 9, 7, (1, 1)))
+def test_any_layout(tile, dtype):
+    x, weight, bias, padding = make((3, 12, 10, 9, 7, (1, 1)), dtype)
     y = ops.winograd_conv(x, weight, bias, padding, tile=tile)
     assert y.is_contiguous(memory_format=torch.channels_last)
     plain = x.contiguous().requires_grad_()
@@ -99,27 +107,29 @@ def test_any_layout(tile):
     assert torch.equal(ops.winograd_conv(sliced, weight, bias, padding, tile=tile), y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [2, 4])
-def test_reads_nothing_but_its_arguments(tile):
+def test_reads_nothing_but_its_arguments(tile, dtype):
     """Channels that fill no vector: what lies behind an image, or behind the weights, must not matter."""
     shape = (2, 5, 7, 6, 6, (1, 1))
-    x, weight, bias, padding = make(shape)
+    x, weight, bias, padding = make(shape, dtype)
     y = ops.winograd_conv(x, weight, bias, padding, tile=tile)
-    buffer = torch.full((x.numel() + 64,), float("nan"))
+    buffer = torch.full((x.numel() + 64,), float("nan"), dtype=dtype)
     inside = buffer[: x.numel()].view(2, 6, 6, 5).permute(0, 3, 1, 2)
     inside.copy_(x)
-    heavy = torch.full((weight.numel() + 64,), float("nan"))
+    heavy = torch.full((weight.numel() + 64,), float("nan"), dtype=dtype)
     kernel = heavy[: weight.numel()].view(7, 3, 3, 5).permute(0, 3, 1, 2)
     kernel.copy_(weight)
     assert inside.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(ops.winograd_conv(inside, kernel, bias, padding, tile=tile), y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[4], SHAPES[10], SHAPES[12]], ids=str)
 @pytest.mark.parametrize("tile", [2, 4])
-def test_result_does_not_depend_on_number_of_threads(shape, tile):
-    x, weight, bias, padding = make(shape)
-    grad_y = torch.randn(shape[0], shape[2], *x.shape[2:])
+def test_result_does_not_depend_on_number_of_threads(shape, tile, dtype):
+    x, weight, bias, padding = make(shape, dtype)
+    grad_y = torch.randn(shape[0], shape[2], *x.shape[2:]).to(dtype)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -221,12 +231,12 @@ ERRORS = {
     "x dtype": (
         dict(x=torch.ones(2, 4, 8, 8).double()),
         TypeError,
-        "x must be float32, got Double",
+        "x must be float32 or bfloat16, got Double",
     ),
     "weight dtype": (
         dict(weight=torch.ones(6, 4, 3, 3).bfloat16()),
         TypeError,
-        "weight must be float32, got BFloat16",
+        "weight must have the dtype of x, Float, got BFloat16",
     ),
     "kernel": (
         dict(weight=torch.ones(6, 4, 5, 5)),
@@ -246,7 +256,7 @@ ERRORS = {
     "bias dtype": (
         dict(bias=torch.ones(6).double()),
         TypeError,
-        "bias must be float32, got Double",
+        "bias must have the dtype of x, Float, got Double",
     ),
     "padding": (dict(padding=3), ValueError, r"padding must lie in \[0, 2\], got \[3, 3\]"),
     "negative padding": (dict(padding=(0, -1)), ValueError, r"padding must lie in \[0, 2\]"),
@@ -272,8 +282,10 @@ def test_backward_refuses_foreign_gradients():
     weight = torch.ones(6, 4, 3, 3)
     with pytest.raises(ValueError, match=r"_winograd_conv_backward: grad_y must have 6 channels"):
         library._winograd_conv_backward(torch.ones(2, 4, 8, 8), weight, [1, 1], 4)
-    with pytest.raises(TypeError, match="grad_y must be float32"):
+    with pytest.raises(TypeError, match="grad_y must be float32 or bfloat16, got Double"):
         library._winograd_conv_backward(torch.ones(2, 6, 8, 8).double(), weight, [1, 1], 4)
+    with pytest.raises(TypeError, match="weight must have the dtype of grad_y, BFloat16, got"):
+        library._winograd_conv_backward(torch.ones(2, 6, 8, 8).bfloat16(), weight, [1, 1], 4)
     with pytest.raises(
         ValueError, match=r"grad_y must be as large as the output .*got shape \[2, 6, 1, 1\]"
     ):
