@@ -68,6 +68,14 @@ def test_shares_follow_a_mean_and_the_costs(measured: Measured):
     assert widths(weak, "share:gates^0.5/macs^0")[0] < even[0]
 
 
+def test_shape_moves_the_budget_by_place_alone(measured: Measured):
+    even = widths(measured, "uniform")
+    assert widths(measured, "shape:0,0,0") == widths(measured, "shape:0,0,1") == even  # no streams
+    late, middle = widths(measured, "shape:0.8,0,0"), widths(measured, "shape:0,-0.8,0")
+    assert late[0] < even[0] and late[-1] > even[-1]
+    assert middle[1] > even[1] and middle[0] < even[0]
+
+
 def test_an_unknown_rule_is_none():
     with pytest.raises(KeyError):
         rule_of("share:params^1/macs^1")

@@ -225,7 +225,8 @@ def rule_name(text: str) -> str:
     except KeyError:
         known = ", ".join(RULES)
         raise argparse.ArgumentTypeError(
-            f"must be one of {known}, or share:gates|early|late^P/macs^C, got {text}"
+            f"must be one of {known}, share:gates|early|late^P/macs^C, or shape:SLOPE,ENDS,TRUNK, "
+            f"got {text}"
         ) from None
     return text
 

@@ -85,6 +85,18 @@ def _in_proportion(m: Measured, weights: np.ndarray) -> np.ndarray:
     return 1.0 - rank / (1.0 + rank.max())
 
 
+def _shape(slope: float, ends: float, trunk: float) -> Callable[[Measured], np.ndarray]:
+    """Shares that no search decides: 2^(slope * t + ends * (t^2 - 1/2) + trunk * s), with t from -1 for the first group to 1 for
+    the last, and s = 0.6 for groups of several convolutions (residual streams), -0.4 for others."""
+
+    def rule(m: Measured) -> np.ndarray:
+        t = np.linspace(-1.0, 1.0, len(m.groups.groups))
+        streams = np.array([len(group.producers) > 1 for group in m.groups.groups])
+        return _in_proportion(m, 2 ** (slope * t + ends * (t * t - 0.5) + trunk * (streams - 0.4)))
+
+    return rule
+
+
 def _mean_in_proportion(which: str, power: float, cost: float) -> Callable[[Measured], np.ndarray]:
     """Shares in proportion to ``(mean of the group)^power / macs^cost``."""
 
@@ -151,10 +163,14 @@ RULES: dict[str, Callable[[Measured], np.ndarray]] = {
 
 
 def rule_of(name: str) -> Callable[[Measured], np.ndarray]:
-    """One of `RULES`, or ``share:WHAT^P/macs^C``: shares of the groups in proportion to a mean to a power over MACs to another.
+    """One of `RULES`; ``share:WHAT^P/macs^C``: shares of the groups in proportion to a mean to a power over MACs to another; or
+    ``shape:SLOPE,ENDS,TRUNK``: shares by the place of a group alone.
 
     Raises:
         KeyError: No such rule.
     """
+    number = r"(-?[\d.]+)"
+    if shape := re.fullmatch(rf"shape:{number},{number},{number}", name):
+        return _shape(*(float(value) for value in shape.groups()))
     found = re.fullmatch(r"share:(gates|early|late)\^([\d.]+)/macs\^([\d.]+)", name)
     return _mean_in_proportion(found[1], float(found[2]), float(found[3])) if found else RULES[name]
