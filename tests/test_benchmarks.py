@@ -19,7 +19,7 @@ from benchmarks.machine import Machine
 from benchmarks.roofline import Ceilings, Work, step_floor
 from benchmarks.settings import PROFILES, Settings
 from benchmarks.steps import gate_places
-from benchmarks.suites import agreement, analysis, memory, ops, search, step
+from benchmarks.suites import agreement, analysis, convs, memory, ops, search, step
 from benchmarks.timing import Clock, Effort, Spread, time_variants
 from pfs_fast._library import is_loaded
 from pfs_fast.config import PRECISIONS
@@ -323,6 +323,17 @@ def test_operators_are_measured_by_phase(settings, monkeypatch):
     (line,) = cases[0].lines["`bn_gate_act`"]
     assert line["saved MiB naive, folded, ours"].count(",") == 2
     assert {row["op"] for row in rows} == {"bn_gate_act", "frozen_conv"}
+
+
+@needs_operators
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("bf16", 4e-3)])
+def test_convolutions_are_measured_with_their_errors(settings, precision, error):
+    case = convs.measure((8, 8, 8), precision, settings)
+    found = {row["variant"]: row for row in case.rows if row["phase"] == "total"}
+    assert set(found) == {"direct", "winograd2", "winograd4"}
+    assert all(0 < row["error"] < error for row in found.values())
+    assert {row["precision"] for row in found.values()} == {precision}
+    assert case.lines[convs.TITLE][0]["chosen"] in (0, 4)
 
 
 @needs_operators

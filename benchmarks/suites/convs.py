@@ -1,4 +1,5 @@
-"""Convolutions of the paper's CIFAR networks on the CPU: float32, channels_last, 3x3, stride 1, padding 1.
+"""Convolutions of the paper's CIFAR networks on the CPU: channels_last, 3x3, stride 1, padding 1; float32, and bfloat16
+where a search would take that.
 
 - direct: ``F.conv2d``, and ``at::convolution`` of the output's gradient, as ``pfs_fast.ops.frozen_conv`` calls them;
 - winograd2, winograd4: ``pfs_fast.ops.winograd_conv`` with tile 2 and 4.
@@ -19,6 +20,7 @@ from benchmarks.settings import Settings
 from benchmarks.tables import Case, timing_rows
 from benchmarks.timing import Clock, Variant, time_variants
 from pfs_fast import ops, winograd
+from pfs_fast.config import PRECISIONS
 
 TITLE = "`winograd_conv` against PyTorch's convolution"
 # C_in, C_out, height = width
@@ -47,18 +49,20 @@ def run(settings: Settings) -> Iterator[Case]:
         return
     for network in settings.chosen(tuple(LAYERS)):
         for layer in LAYERS.get(network, ()):
-            yield measure(layer, settings)
+            for precision in dict.fromkeys(("fp32", settings.native)):
+                yield measure(layer, precision, settings)
 
 
 @torch.inference_mode()
-def measure(layer: tuple[int, int, int], settings: Settings) -> Case:
+def measure(layer: tuple[int, int, int], precision: str, settings: Settings) -> Case:
     """Rows and line of one layer."""
     c_in, c_out, size = layer
+    dtype = PRECISIONS[precision]
     batch = settings.profile.batch
     generator = torch.Generator().manual_seed(0)
 
     def values(*shape: int) -> Tensor:
-        dense = torch.randn(shape, generator=generator)
+        dense = torch.randn(shape, generator=generator).to(dtype)
         return dense.contiguous(memory_format=torch.channels_last)
 
     x, grad_y = values(batch, c_in, size, size), values(batch, c_out, size, size)
@@ -87,10 +91,12 @@ def measure(layer: tuple[int, int, int], settings: Settings) -> Case:
         f"winograd{m}": ops.winograd_conv(few, weight, None, 1, tile=m) for m in TILES
     }
     errors = {v: ((y - exact).norm() / exact.norm()).item() for v, y in outputs.items()}
+    conv = torch.nn.Conv2d(c_in, c_out, 3, padding=1, dtype=dtype)
     case = {
         "layer": f"{c_in}->{c_out} {size}x{size}",
+        "precision": precision,
         "batch": batch,
-        "chosen": winograd.tile_for(batch, c_in, c_out, size, size),
+        "chosen": winograd.tile_of(conv, x),
     }
     rows = timing_rows(case, timings, baseline_of="direct", error=errors)
     line: dict[str, object] = {**case, "direct ms": timings.time("direct")}
