@@ -102,7 +102,8 @@ at::Tensor frozen_conv_backward(  // grad_x [N, C_in, *spatial] = input_size, in
 
 // frozen_conv of a 3x3 kernel with stride 1 on the CPU, by Winograd's minimal filtering
 // F(tile x tile, 3x3): the same sums with 2.25 (tile 2) or 4 (tile 4) times fewer products, rounded
-// otherwise. In bfloat16 the sums are float32, rounded once. The result does not depend on the number of threads.
+// otherwise. In bfloat16 the sums are float32, rounded once. The result does not depend on the
+// number of threads.
 at::Tensor winograd_conv(      // [N, C_out, H + 2 padding[0] - 2, W + 2 padding[1] - 2], layout(x)
     const at::Tensor& x,       // [N, C_in, H, W], float32 or bfloat16
     const at::Tensor& weight,  // [C_out, C_in, 3, 3], dtype of x

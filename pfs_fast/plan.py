@@ -127,7 +127,7 @@ def prepare(
     fuse_convs(network.train_net, kernels)
     own = device.type == "cpu" and kernels is ops and config.channels_last and config.winograd
     widths = width_rules(
-        network, groups, preferred_multiple(device), own_kernels=dtype if own else None
+        network, groups, preferred_multiple(device), own_dtype=dtype if own else None
     )
     compaction = Compaction(network, bank, groups, sites, absorbing, widths)
     watch = None

@@ -49,7 +49,7 @@ def width_rules(
     groups: ChannelGroups,
     multiple: int,
     *,
-    own_kernels: torch.dtype | None,
+    own_dtype: torch.dtype | None,
 ) -> dict[str, WidthRule]:
     """The rule of every group, by name.
 
@@ -60,14 +60,14 @@ def width_rules(
         network: With ``fuse_convs`` done.
         groups: Its gated groups.
         multiple: Of `preferred_multiple`.
-        own_kernels: dtype of images that have the device and layout which this package's convolutions take; None for others.
+        own_dtype: dtype of the images where device and layout are those that this package's convolutions take; else None.
     """
     own: set[nn.Module] = set()
-    if own_kernels is not None:
+    if own_dtype is not None:
         frozen = [m for m in network.train_net.modules() if isinstance(m, FrozenConv)]
-        if winograd.serves(own_kernels):
+        if winograd.serves(own_dtype):
             own |= {layer.conv for layer in frozen if layer.fast}
-        if own_kernels == torch.float32:
+        if own_dtype == torch.float32:
             own |= {layer.conv for layer in frozen if _is_direct(layer.conv)}
     modules = dict(network.root.named_modules(remove_duplicate=False))
     rules = {}

@@ -76,6 +76,15 @@ def test_shape_moves_the_budget_by_place_alone(measured: Measured):
     assert middle[1] > even[1] and middle[0] < even[0]
 
 
+def test_weights_are_the_shares(measured: Measured):
+    assert widths(measured, "weights:2,2,2") == widths(measured, "uniform")
+    first, _, last = widths(measured, "weights:1,1,0.5")
+    assert first / SIZES[0] == pytest.approx(2 * last / SIZES[2], rel=0.2)
+    for wrong in ("weights:1,1", "weights:1,0,1"):
+        with pytest.raises(ValueError, match="one positive number for each of the 3 groups, got"):
+            widths(measured, wrong)
+
+
 def test_an_unknown_rule_is_none():
     with pytest.raises(KeyError):
         rule_of("share:params^1/macs^1")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import pfs_fast as pfs
+from pfs_fast import winograd
 from pfs_fast.groups import ChannelGroup
 from pfs_fast.plan import prepare
 from pfs_fast.widths import WidthRule, preferred_multiple
@@ -54,6 +55,14 @@ def test_groups_of_own_convolutions_take_pairs() -> None:
     found = rules("resnet20")
     assert {rule.multiple for rule in found.values()} == {2}
     assert {rule.least for rule in found.values()} == {VECTOR}
+
+
+@pytest.mark.skipif(not winograd.serves(torch.bfloat16), reason="AMX: bf16 is oneDNN's")
+def test_bf16_takes_pairs_but_where_a_strided_or_first_convolution_is() -> None:
+    found = {name: rule.multiple for name, rule in rules("resnet20", precision="bf16").items()}
+    coarse = {name for name, multiple in found.items() if multiple == VECTOR}
+    assert found["layer1.0.conv1"] == found["layer3.2.conv1"] == 2 and "layer2.0.conv1" in coarse
+    assert set(found.values()) == {2, VECTOR}
 
 
 @pytest.mark.parametrize(

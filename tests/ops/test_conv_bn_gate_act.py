@@ -208,11 +208,12 @@ def arguments(tensors, shape, tile=2, act="relu"):
     return (*tensors.values(), list(shape[5]), tile, 1e-5, act)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("act", ["relu", "silu"])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1]], ids=str)
-def test_opcheck(shape, with_residual, act):
-    tensors = make(shape, with_residual)
+def test_opcheck(shape, with_residual, act, dtype):
+    tensors = make(shape, with_residual, dtype)
     leaves(tensors)
     torch.library.opcheck(library.conv_bn_gate_act, arguments(tensors, shape, act=act))
     plain = {k: None if t is None else t.detach() for k, t in tensors.items()}
@@ -293,6 +294,11 @@ def test_backward_refuses_what_forward_did_not_give():
     rest = (tensors["conv_weight"], None, None, None, aux, [1, 1], 2, 1e-5, "relu", False)
     with pytest.raises(ValueError, match="u must be dense in channels_last"):
         library._conv_bn_gate_act_backward(y, u.contiguous(), mean, var, *rest, [True] * 5)
+    with pytest.raises(TypeError, match="_conv_bn_gate_act_backward: "):
+        library._conv_bn_gate_act_backward(y.bfloat16(), u, mean, var, *rest, [True] * 5)
+    low = (tensors["conv_weight"].bfloat16(), *rest[1:])
+    with pytest.raises(TypeError, match="_conv_bn_gate_act_backward: grad_y must"):
+        library._conv_bn_gate_act_backward(y.bfloat16(), u, mean, var, *low, [True] * 5)
     with pytest.raises(
         ValueError, match="_conv_bn_gate_act_backward: grad_y must have the shape of x"
     ):
