@@ -225,8 +225,8 @@ def rule_name(text: str) -> str:
     except KeyError:
         known = ", ".join(RULES)
         raise argparse.ArgumentTypeError(
-            f"must be one of {known}, share:gates|early|late^P/macs^C, or shape:SLOPE,ENDS,TRUNK, "
-            f"got {text}"
+            f"must be one of {known}, share:gates|early|late^P/macs^C, shape:SLOPE,ENDS,TRUNK or "
+            f"weights:W,W,..., got {text}"
         ) from None
     return text
 

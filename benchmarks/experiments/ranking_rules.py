@@ -97,6 +97,20 @@ def _shape(slope: float, ends: float, trunk: float) -> Callable[[Measured], np.n
     return rule
 
 
+def _weights(weights: list[float]) -> Callable[[Measured], np.ndarray]:
+    """Shares in proportion to one number for each group."""
+
+    def rule(m: Measured) -> np.ndarray:
+        if len(weights) != len(m.groups.groups) or min(weights) <= 0:
+            raise ValueError(
+                f"weights: must be one positive number for each of the {len(m.groups.groups)} groups, got {weights}; "
+                "correct the list"
+            )
+        return _in_proportion(m, np.array(weights))
+
+    return rule
+
+
 def _mean_in_proportion(which: str, power: float, cost: float) -> Callable[[Measured], np.ndarray]:
     """Shares in proportion to ``(mean of the group)^power / macs^cost``."""
 
@@ -163,8 +177,8 @@ RULES: dict[str, Callable[[Measured], np.ndarray]] = {
 
 
 def rule_of(name: str) -> Callable[[Measured], np.ndarray]:
-    """One of `RULES`; ``share:WHAT^P/macs^C``: shares of the groups in proportion to a mean to a power over MACs to another; or
-    ``shape:SLOPE,ENDS,TRUNK``: shares by the place of a group alone.
+    """One of `RULES`; ``share:WHAT^P/macs^C``: shares of the groups in proportion to a mean to a power over MACs to another; or,
+    whatever a search says, ``shape:SLOPE,ENDS,TRUNK`` or ``weights:W,W,...`` with a positive number for each group.
 
     Raises:
         KeyError: No such rule.
@@ -172,5 +186,7 @@ def rule_of(name: str) -> Callable[[Measured], np.ndarray]:
     number = r"(-?[\d.]+)"
     if shape := re.fullmatch(rf"shape:{number},{number},{number}", name):
         return _shape(*(float(value) for value in shape.groups()))
+    if re.fullmatch(r"weights:[\d.]+(,[\d.]+)*", name):
+        return _weights([float(value) for value in name.removeprefix("weights:").split(",")])
     found = re.fullmatch(r"share:(gates|early|late)\^([\d.]+)/macs\^([\d.]+)", name)
     return _mean_in_proportion(found[1], float(found[2]), float(found[3])) if found else RULES[name]
