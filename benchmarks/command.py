@@ -15,7 +15,7 @@ from benchmarks.machine import Machine
 from benchmarks.parts import write_whole
 from benchmarks.roofline import Ceilings
 from benchmarks.settings import NETWORKS, PROFILES, Settings, precision_name
-from benchmarks.suites import agreement, analysis, convs, memory, ops, search, step
+from benchmarks.suites import agreement, analysis, convs, drift, memory, ops, search, step
 from benchmarks.tables import Case, append_csv, markdown_table
 from pfs_fast.config import compute_dtype
 
@@ -25,6 +25,7 @@ SUITES: dict[str, ModuleType] = {
     "step": step,
     "search": search,
     "agreement": agreement,
+    "drift": drift,
     "memory": memory,
     "analysis": analysis,
 }
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="steps of a search, instead of the profile's")
     add("--baseline-steps", type=int, help="timed steps of each baseline of a search")
     add("--target", type=float, nargs="+", help="mean gates r of the searches")
-    add("--seeds", type=int, help="seeds of the suite agreement")
+    add("--seeds", type=int, help="seeds of the suites agreement and drift")
     add("--rounds", type=int, help="rounds of a case, instead of the profile's")
     return made
 
@@ -100,6 +101,7 @@ def settings_of(chosen: argparse.Namespace) -> Settings:
         "search_batch": chosen.batch,
         "search_steps": chosen.steps,
         "agreement_steps": chosen.steps,
+        "drift_steps": chosen.steps,
         "baseline_steps": chosen.baseline_steps,
         "targets": None if chosen.target is None else tuple(chosen.target),
         "seeds": chosen.seeds,

@@ -53,9 +53,10 @@ class Profile:
         search_steps: Steps of a search; None: ten epochs.
         baseline_steps: Timed steps of each baseline that its time is extrapolated from.
         patience: Steps without a change after which a search with early stop ends.
-        seeds: Of the suite agreement.
-        agreement_networks: Networks of the suite agreement.
-        agreement_steps: Steps of its searches; None: ten epochs.
+        seeds: Of the suites agreement and drift.
+        agreement_networks: Networks of the suites agreement and drift.
+        agreement_steps: Steps of the searches of the suite agreement; None: ten epochs.
+        drift_steps: Steps of those of the suite drift.
     """
 
     batch: int
@@ -71,6 +72,7 @@ class Profile:
     seeds: int
     agreement_networks: tuple[str, ...]
     agreement_steps: int | None
+    drift_steps: int
 
 
 _CIFAR_PAIR = ("vgg16", "resnet20")
@@ -91,6 +93,7 @@ PROFILES = {
         seeds=1,
         agreement_networks=("resnet20",),
         agreement_steps=130,
+        drift_steps=24,
     ),
     ("full", "cpu"): Profile(
         batch=128,
@@ -106,6 +109,7 @@ PROFILES = {
         seeds=3,
         agreement_networks=_CIFAR_PAIR,
         agreement_steps=None,
+        drift_steps=256,
     ),
     # Beside build and tests in eight minutes on an H100.
     ("quick", "cuda"): Profile(
@@ -122,6 +126,7 @@ PROFILES = {
         seeds=1,
         agreement_networks=("resnet20",),
         agreement_steps=300,
+        drift_steps=96,
     ),
     ("full", "cuda"): Profile(
         batch=128,
@@ -137,6 +142,7 @@ PROFILES = {
         seeds=3,
         agreement_networks=_CIFAR_PAIR,
         agreement_steps=None,
+        drift_steps=256,
     ),
 }
 

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import pfs_fast as pfs
-from benchmarks import command, parts, roofline, tables, timing
+from benchmarks import command, parts, roofline, rounding, tables, timing
 from benchmarks.baselines import PlainSearch, cudnn_reason
 from benchmarks.footprint import peak_bytes, saved_bytes
 from benchmarks.machine import Machine
 from benchmarks.roofline import Ceilings, Work, step_floor
 from benchmarks.settings import PROFILES, Settings
 from benchmarks.steps import gate_places
-from benchmarks.suites import agreement, analysis, convs, memory, ops, search, step
+from benchmarks.suites import agreement, analysis, convs, drift, memory, ops, search, step
 from benchmarks.timing import Clock, Effort, Spread, time_variants
 from pfs_fast._library import is_loaded
 from pfs_fast.config import PRECISIONS
@@ -41,6 +41,7 @@ def settings(tmp_path: Path) -> Settings:
         search_steps=2,
         baseline_steps=2,
         agreement_steps=2,
+        drift_steps=4,
     )
     return Settings(
         device=CPU,
@@ -225,7 +226,7 @@ def test_command_line_parses():
     assert chosen.suite == ["step", "memory"]
     assert chosen.data == ["cifar10", "x.npz"]
     assert chosen.profile == "quick"
-    suites = {"ops", "convs", "step", "search", "agreement", "memory", "analysis"}
+    suites = {"ops", "convs", "step", "search", "agreement", "drift", "memory", "analysis"}
     assert set(command.SUITES) == suites
 
 
@@ -368,30 +369,51 @@ def test_step_times_along_a_search_come_from_its_history():
 
 
 def test_plain_search_goes_on_where_it_was_broken_off(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(agreement, "SAVE_EVERY", 2)
+    monkeypatch.setattr(rounding, "SAVE_EVERY", 2)
 
-    def made() -> agreement._Plain:
+    def made() -> rounding.PlainRun:
         torch.manual_seed(0)
         model = pfs.models.get("resnet20", expansion=0.25)
-        return agreement._Plain(model, 0, 0.2, False, settings)
+        return rounding.PlainRun(model, 0, 0.2, rounding.kinds("fp32")["plain"], settings)
 
     whole = made()
     whole.run(4, tmp_path / "whole")
     made().run(2, tmp_path / "broken")
     second = made()
     second.run(4, tmp_path / "broken")
-    assert second.step == 4
-    assert torch.equal(second.plain.flat, whole.plain.flat)
+    assert second.steps == 4
+    assert torch.equal(second.gates()[0], whole.gates()[0])
 
 
-def test_plain_search_of_two_layouts_and_ours_are_compared(settings):
+@pytest.mark.parametrize("native", ["fp32", "bf16"])
+def test_plain_searches_that_round_differently_and_ours_are_compared(settings, native, monkeypatch):
+    monkeypatch.setattr(Settings, "native", native)
     (case,) = agreement.run(settings)
-    assert [(row["first"], row["second"]) for row in case.rows] == list(agreement.PAIRS)
+    names = {"fp32": ["ours", "plain channels_last"]}
+    names["bf16"] = [*names["fp32"], "ours fp32", "plain bf16"]
+    assert [(row["first"], row["second"]) for row in case.rows] == [
+        (name, "plain") for name in names[native]
+    ]
+    precisions = [row["precision"] for row in case.rows]
+    assert precisions == [native, "fp32", "fp32", native][: len(precisions)]
     for row in case.rows:
-        assert row["correlation"] > 0.9
+        # A plain search in few bits rounds after every operation, and two steps of digits hardly tell gates apart.
+        assert row["correlation"] > (0.5 if row["first"] == "plain bf16" else 0.9)
         assert row["mean_difference"] < 3
     stored = json.loads((settings.parts / "agreement-resnet20-r0.2-plain-0.json").read_text())
     assert stored["result"]["precision"] == "fp32"
+
+
+def test_gates_drift_from_the_exact_ones_as_far_as_they_are_rounded(settings, monkeypatch):
+    monkeypatch.setattr(Settings, "native", "bf16")
+    (case,) = drift.run(settings)
+    apart = {(row["search"], row["step"]): row["rms_difference"] for row in case.rows}
+    assert {step for _, step in apart} == {1, 2, 3, 4}
+    assert apart["ours fp64", 4] < 1e-12
+    for search_of in ("ours fp32", "plain", "plain channels_last"):
+        assert 0 < apart[search_of, 1] < 1e-5
+    for search_of in ("ours", "plain bf16"):
+        assert 1e-5 < apart[search_of, 1] < 0.01
 
 
 def test_two_kept_counts_without_spread_have_no_correlation():
@@ -401,7 +423,7 @@ def test_two_kept_counts_without_spread_have_no_correlation():
 
 def test_networks_of_large_images_are_not_searched_silently(settings):
     large = replace(settings, networks=("resnet50_224",))
-    for suite in (search, agreement):
+    for suite in (search, agreement, drift):
         (case,) = suite.run(large)
         assert "not run" in str(case.lines)
 

@@ -1,13 +1,13 @@
 """Whether the fast search finds what the plain one finds: kept channels of every group, ours against a plain float32 search.
 
-Rounding alone makes two searches drift apart, so the yardstick is a second plain search that only rounds differently: the same
-weights, images and order, computed channels_last instead of contiguous. Every finished search is a part of its own, and one that was
-broken off goes on (plain ones every ``SAVE_EVERY`` steps, ours after an epoch).
+Rounding alone makes two searches drift apart, so the yardsticks are plain searches that only round differently, over the same
+weights, images and order: one channels_last instead of contiguous and, where a search computes in fewer bits, one in those, as
+the best plain baseline does. Every finished search is a part of its own, and one that was broken off goes on (plain ones every
+``rounding.SAVE_EVERY`` steps, ours after an epoch).
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,20 @@ import numpy as np
 import torch
 
 import pfs_fast as pfs
-from benchmarks.baselines import PlainSearch
 from benchmarks.images import searchable, training_loader
-from benchmarks.parts import part, write_whole
+from benchmarks.parts import part
+from benchmarks.rounding import Kind, PlainRun, kinds
 from benchmarks.settings import NETWORKS, Settings
-from benchmarks.steps import gate_places
 from benchmarks.suites.search import BUDGET, EXPANSION, correlation, search_config
 from benchmarks.tables import Case
 from pfs_fast.config import PRECISIONS
 
 TITLE = "Agreement of structures"
-SAVE_EVERY = 100
-KINDS = ("ours", "plain", "plain channels_last")
-PAIRS = (("ours", "plain"), ("plain channels_last", "plain"))
+
+
+def pairs(native: str) -> list[tuple[str, str]]:
+    """What is compared: everything with the plain float32 search."""
+    return [(name, "plain") for name in kinds(native) if name != "plain"]
 
 
 def run(settings: Settings) -> Iterator[Case]:
@@ -47,10 +48,10 @@ def measure(name: str, settings: Settings) -> Case:
     shared = {"network": name, "batch": profile.search_batch, "target": target, "steps": total}
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in range(profile.seeds):
-        for kind in KINDS:
-            label = f"agreement-{name}-r{target:g}-{kind.replace(' ', '-')}-{seed}"
+        for title, kind in kinds(settings.native).items():
+            label = f"agreement-{name}-r{target:g}-{title.replace(' ', '-')}-{seed}"
             unfinished = settings.parts / f"{label}-{total}.unfinished"
-            found[kind, seed] = part(
+            found[title, seed] = part(
                 settings,
                 label,
                 {**shared, "seed": seed},
@@ -58,7 +59,7 @@ def measure(name: str, settings: Settings) -> Case:
             )
             unfinished.unlink(missing_ok=True)
     rows, lines = [], []
-    for first, second in PAIRS:
+    for first, second in pairs(settings.native):
         line = {**shared, "pair": f"{first} : {second}", "seeds": profile.seeds}
         columns: dict[str, list[float | None]] = {}
         for seed in range(profile.seeds):
@@ -91,16 +92,17 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _computation(
-    name: str, kind: str, seed: int, target: float, settings: Settings, unfinished: Path
+    name: str, kind: Kind, seed: int, target: float, settings: Settings, unfinished: Path
 ) -> Callable[[], dict[str, Any]]:
     def compute() -> dict[str, Any]:
         torch.manual_seed(seed)
         model, base = NETWORKS[name].build(EXPANSION), NETWORKS[name].build()
         steps = settings.profile.agreement_steps
-        config, total = search_config(settings, steps, target=target, seed=seed)
+        options = {"target": target, "seed": seed, "precision": kind.precision}
+        config, total = search_config(settings, steps, **options)
         unfinished.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "ours":
-            loader = training_loader(settings, seed=seed, dtype=PRECISIONS[settings.native])
+        if kind.ours:
+            loader = training_loader(settings, seed=seed, dtype=PRECISIONS[kind.precision])
             result = pfs.search(
                 model,
                 loader,
@@ -112,90 +114,17 @@ def _computation(
                 progress=False,
             )
         else:
-            layout = kind == "plain channels_last"
-            search = _Plain(model, seed, target, layout, settings)
+            search = PlainRun(model, seed, target, kind, settings)
             search.run(total, unfinished)
-            result = search.result(base, config)
+            cost = pfs.count(base, torch.zeros(1, 3, 32, 32))
+            reference, budget = (cost.macs, cost.params), pfs.Budget(BUDGET)
+            result = pfs.SearchResult(
+                search.groups, *search.gates(), budget, reference, config, [], model
+            )
         return {
             "widths": {group: len(kept) for group, kept in result.structure.kept.items()},
             "sizes": {group.name: group.size for group in result.groups.groups},
-            "precision": result.config.precision if kind == "ours" else "fp32",
+            "precision": result.config.precision,
         }
 
     return compute
-
-
-class _Plain:
-    """The plain search of the baselines over many steps, with the time at which each gate died."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        seed: int,
-        target: float,
-        channels_last: bool,
-        settings: Settings,
-    ) -> None:
-        self.model = model
-        self.groups, self.sites = gate_places(model, 32)
-        # Weight gradients change nothing that is looked at here.
-        self.plain = PlainSearch(
-            model,
-            [site.layer for site in self.sites],
-            folded=False,
-            frozen=True,
-            channels_last=channels_last,
-            dtype=torch.float32,
-            device=settings.device,
-            target=target,
-        )
-        if self.plain.flat.numel() != self.groups.num_units:
-            raise ValueError(
-                f"_Plain: every gate must sit at one layer, got {self.plain.flat.numel()} at "
-                f"{self.groups.num_units} units"
-            )
-        self.loader = training_loader(
-            settings, seed=seed, dtype=torch.float32, channels_last=channels_last
-        )
-        self.died_at = torch.full_like(self.plain.flat, -1, dtype=torch.int32)
-        self.step = 0
-
-    def run(self, total: int, unfinished: Path) -> None:
-        if unfinished.exists():
-            self._restore(unfinished)
-        while self.step < total:
-            for images, labels in self.loader:
-                self.plain.step(images, labels)
-                self.step += 1
-                dead = self.plain.flat == 0
-                self.died_at[dead & (self.died_at < 0)] = self.step
-                self.died_at[~dead] = -1
-                if self.step % SAVE_EVERY == 0:
-                    self._save(unfinished)
-                if self.step == total:
-                    break
-
-    def result(self, base: torch.nn.Module, config: pfs.SearchConfig) -> pfs.SearchResult:
-        units = torch.cat([torch.from_numpy(site.units) for site in self.sites])
-        gates, died_at = torch.empty(len(units)), torch.empty(len(units), dtype=torch.int32)
-        gates[units], died_at[units] = self.plain.flat.cpu(), self.died_at.cpu()
-        cost = pfs.count(base, torch.zeros(1, 3, 32, 32))
-        reference, budget = (cost.macs, cost.params), pfs.Budget(BUDGET)
-        return pfs.SearchResult(
-            self.groups, gates, died_at, budget, reference, config, [], self.model
-        )
-
-    def _save(self, path: Path) -> None:
-        file = io.BytesIO()
-        state = {"flat": self.plain.flat, "died_at": self.died_at, "step": self.step}
-        state |= {"adam": self.plain.adam.state_dict(), "loader": self.loader.state_dict()}
-        torch.save(state, file)
-        write_whole(path, file.getvalue())
-
-    def _restore(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True, map_location=self.plain.flat.device)
-        self.plain.flat.copy_(state["flat"])
-        self.died_at.copy_(state["died_at"])
-        self.plain.adam.load_state_dict(state["adam"])
-        self.loader.load_state_dict(state["loader"])
-        self.step = state["step"]
