@@ -17,7 +17,7 @@ from benchmarks.roofline import Ceilings
 from benchmarks.settings import NETWORKS, PROFILES, Settings, precision_name
 from benchmarks.suites import agreement, analysis, convs, drift, memory, ops, search, step
 from benchmarks.tables import Case, append_csv, markdown_table
-from pfs_fast.config import compute_dtype
+from pfs_fast.searching.config import compute_dtype
 
 SUITES: dict[str, ModuleType] = {
     "ops": ops,

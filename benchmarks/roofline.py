@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.timing import synchronize
-from pfs_fast.config import PRECISIONS
+from pfs_fast.searching.config import PRECISIONS
 
 
 @dataclass(frozen=True)

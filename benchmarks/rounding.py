@@ -15,7 +15,7 @@ from benchmarks.images import training_loader
 from benchmarks.parts import write_whole
 from benchmarks.settings import Settings
 from benchmarks.steps import gate_places
-from pfs_fast.config import PRECISIONS
+from pfs_fast.searching.config import PRECISIONS
 
 SAVE_EVERY = 100  # steps of a plain search that may be broken off
 

@@ -12,7 +12,7 @@ import pfs_fast as pfs
 from benchmarks.machine import Machine
 from benchmarks.roofline import Ceilings
 from benchmarks.timing import Effort
-from pfs_fast.config import PRECISIONS, compute_dtype
+from pfs_fast.searching.config import PRECISIONS, compute_dtype
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from benchmarks.baselines import PlainSearch, compiled_reason, cudnn_reason
 from benchmarks.footprint import peak_bytes, saved_bytes
 from benchmarks.settings import Settings
 from benchmarks.timing import Clock, Variant
-from pfs_fast.analysis import channel_graph
-from pfs_fast.config import PRECISIONS
-from pfs_fast.groups import ChannelGroups
-from pfs_fast.kept_memory import KeptMemory
-from pfs_fast.loop import SearchLoop
-from pfs_fast.plan import prepare
-from pfs_fast.runner import make_runner
-from pfs_fast.scope import Site, gate_sites, gated_groups
+from pfs_fast.gating.scope import Site, gate_sites, gated_groups
+from pfs_fast.graph.analysis import channel_graph
+from pfs_fast.graph.groups import ChannelGroups
+from pfs_fast.searching.config import PRECISIONS
+from pfs_fast.searching.kept_memory import KeptMemory
+from pfs_fast.searching.loop import SearchLoop
+from pfs_fast.searching.plan import prepare
+from pfs_fast.searching.runner import make_runner
 
 
 @dataclass(frozen=True)

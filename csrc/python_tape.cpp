@@ -43,7 +43,7 @@ void add(Tape& tape, const std::string& name, const std::string& overload, const
 
 void bind_tape(py::module_& m) {
   // wrap_pybind_function: errors become PyTorch's.
-  py::class_<Tape, std::shared_ptr<Tape>>(m, "Tape", "See pfs_fast/tape.py.")
+  py::class_<Tape, std::shared_ptr<Tape>>(m, "Tape", "See pfs_fast/searching/tape.py.")
       .def(py::init<const Tensors&, const Tensors&>(), py::arg("inputs"), py::arg("fixed"))
       .def("add", torch::wrap_pybind_function(
                       [](Tape& tape, const std::string& name, const std::string& overload,

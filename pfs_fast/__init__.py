@@ -14,19 +14,19 @@ from importlib.metadata import version as _version
 
 from . import data, errors, models, ops
 from ._library import backends
-from .budget import Budget
-from .config import SearchConfig
-from .cost import Cost, count
+from .budgets.budget import Budget
+from .budgets.cost import Cost, count
+from .budgets.structure import Structure
 from .errors import PfsError
-from .io import export, load, save
-from .recipes import TrainConfig, scratch_b_epochs
-from .result import SearchResult
-from .search import search
-from .seeds import SearchResults
-from .slim import slim
-from .structure import Structure
-from .train import TrainResult, evaluate, train
-from .verify import verify
+from .searching.config import SearchConfig
+from .searching.result import SearchResult
+from .searching.search import search
+from .searching.seeds import SearchResults
+from .slimming.slim import slim
+from .slimming.verify import verify
+from .storage.io import export, load, save
+from .training.recipes import TrainConfig, scratch_b_epochs
+from .training.train import TrainResult, evaluate, train
 
 try:
     __version__ = _version("pfs_fast")

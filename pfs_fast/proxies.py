@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from .batches import Loader, check_reiterable
 from .errors import ConfigError
-from .evaluation import evaluate
-from .recipes import TrainConfig
-from .result import SearchResult
-from .train import train
+from .searching.result import SearchResult
+from .training.batches import Loader, check_reiterable
+from .training.evaluation import evaluate
+from .training.recipes import TrainConfig
+from .training.train import train
 
 Proxy = Callable[[SearchResult], Any]
 """Gives a number, or a tensor of one element."""

@@ -16,11 +16,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import pfs_fast as pfs
-from pfs_fast import rules
-from pfs_fast.analysis import ChannelGraph, channel_graph
-from pfs_fast.cost import CostModel
-from pfs_fast.groups import FIXED
-from pfs_fast.verify import verify
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.graph import rules
+from pfs_fast.graph.analysis import ChannelGraph, channel_graph
+from pfs_fast.graph.groups import FIXED
+from pfs_fast.slimming.verify import verify
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)  # the first that the floor allows is asked for
 RTOL = 1e-9

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfs_fast.analysis import analyse
-from pfs_fast.cost import CostModel
-from pfs_fast.counting import count
-from pfs_fast.groups import ChannelGroups
-from pfs_fast.slim import slim
-from pfs_fast.structure import Structure
-from pfs_fast.verify import verify
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.structure import Structure
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.graph.counting import count
+from pfs_fast.graph.groups import ChannelGroups
+from pfs_fast.slimming.slim import slim
+from pfs_fast.slimming.verify import verify
 
 
 def random_keep(cost_model: CostModel, groups: ChannelGroups, seed: int) -> np.ndarray:

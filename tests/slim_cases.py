@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pfs_fast.structure import Structure
+from pfs_fast.budgets.structure import Structure
 
 
 def structure(layers: dict, inputs: dict, widths: dict) -> Structure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pfs_fast.groups import FIXED, ChannelGroup, ChannelGroups, Layer
+from pfs_fast.graph.groups import FIXED, ChannelGroup, ChannelGroups, Layer
 
 
 def fixed(size: int) -> np.ndarray:

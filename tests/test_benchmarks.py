@@ -22,8 +22,8 @@ from benchmarks.steps import gate_places
 from benchmarks.suites import agreement, analysis, convs, drift, memory, ops, search, step
 from benchmarks.timing import Clock, Effort, Spread, time_variants
 from pfs_fast._library import is_loaded
-from pfs_fast.config import PRECISIONS
-from pfs_fast.plan import prepare
+from pfs_fast.searching.config import PRECISIONS
+from pfs_fast.searching.plan import prepare
 
 CPU = torch.device("cpu")
 needs_operators = pytest.mark.skipif(not is_loaded(), reason="needs the compiled operators")

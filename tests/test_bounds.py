@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from structure_cases import chain, conv, fixed, group, plain_cost, random_gates, random_groups
 
-from pfs_fast.bounds import unit_bounds, without_ignored
-from pfs_fast.budget import Budget, Limits
-from pfs_fast.cost import CostModel
+from pfs_fast.budgets.bounds import unit_bounds, without_ignored
+from pfs_fast.budgets.budget import Budget, Limits
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.solver import solve
 from pfs_fast.errors import BudgetError, InfeasibleBudgetError, ModelError
-from pfs_fast.groups import ChannelGroups
-from pfs_fast.patterns import matching, require_known
-from pfs_fast.solver import solve
+from pfs_fast.graph.groups import ChannelGroups
+from pfs_fast.graph.patterns import matching, require_known
 
 LAYERS = ["conv1", "layer1.0.conv1", "layer1.0.bn1", "layer1.1.conv1", "layer10.0.conv1", "fc"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pfs_fast.budget import Budget, Limits
+from pfs_fast.budgets.budget import Budget, Limits
 from pfs_fast.errors import BudgetError
 
 REFERENCE = (1_000_000, 2_000)

@@ -110,7 +110,7 @@ def test_resumed_search_keeps_the_best_epoch_and_running_statistics(tmp_path):
 def test_resumed_search_with_dead_and_left_out_channels_equals_an_uninterrupted_one(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("pfs_fast.compaction.MIN_STEPS_SAVED", 0.5)
+    monkeypatch.setattr("pfs_fast.gating.compaction.MIN_STEPS_SAVED", 0.5)
     monkeypatch.setitem(pfs_search_globals()["COMPACT_EVERY"], "cpu", 3)
     model, path = pfs.models.resnet20(4, expansion=0.5), tmp_path / "search.ckpt"
     options = {"lr": 0.1, "gamma": 5.0, "target": 0.1, "epochs": 6}

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training import Net, assert_same, batches, fit, state_of
 
-from pfs_fast.batches import split_outputs
 from pfs_fast.errors import ConfigError, LoaderError, ModelError
-from pfs_fast.evaluation import Accuracy
-from pfs_fast.train import evaluate
+from pfs_fast.training.batches import split_outputs
+from pfs_fast.training.evaluation import Accuracy
+from pfs_fast.training.train import evaluate
 
 # Outputs
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 import pfs_fast as pfs
-from pfs_fast import compaction
-from pfs_fast.absorbing import absorbing_groups
-from pfs_fast.analysis import channel_graph
-from pfs_fast.gated import GatedNetwork
-from pfs_fast.gates import GateBank, GateState
+from pfs_fast.gating import compaction
+from pfs_fast.gating.absorbing import absorbing_groups
+from pfs_fast.gating.gated import GatedNetwork
+from pfs_fast.gating.gates import GateBank, GateState
+from pfs_fast.gating.scope import chosen_units, gate_sites, gated_groups
+from pfs_fast.gating.widths import WidthRule
+from pfs_fast.graph.analysis import channel_graph
 from pfs_fast.ops import reference
-from pfs_fast.scope import chosen_units, gate_sites, gated_groups
-from pfs_fast.widths import WidthRule
-
-search_module, plan_module = (sys.modules[f"pfs_fast.{name}"] for name in ("search", "plan"))
+from pfs_fast.searching import plan as plan_module
+from pfs_fast.searching import search as search_module
 
 
 class Inception(nn.Module):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pfs_fast import SearchConfig
-from pfs_fast.config import compute_dtype
 from pfs_fast.errors import ConfigError, PfsError
+from pfs_fast.searching.config import compute_dtype
 
 
 def test_config_defaults_are_the_papers_for_cifar():

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from structure_cases import chain, conv, fixed, group, plain_cost, random_groups
 
-from pfs_fast.cost import CostModel
+from pfs_fast.budgets.cost import CostModel
 from pfs_fast.errors import ModelError, StructureError
-from pfs_fast.groups import ChannelGroups
+from pfs_fast.graph.groups import ChannelGroups
 
 
 def test_base_is_the_sum_over_the_layers():

@@ -8,8 +8,8 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pfs_fast.counting import count
 from pfs_fast.errors import ModelError
+from pfs_fast.graph.counting import count
 
 
 def flops(model: nn.Module, x: torch.Tensor) -> int:

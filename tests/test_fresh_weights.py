@@ -10,8 +10,8 @@ import torchvision
 from slim_cases import NET, Net, structure
 from torch import nn
 
-from pfs_fast.slim import slim
-from pfs_fast.structure import Structure
+from pfs_fast.budgets.structure import Structure
+from pfs_fast.slimming.slim import slim
 
 
 def halves(model: nn.Module) -> Structure:

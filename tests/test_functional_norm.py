@@ -12,11 +12,11 @@ from small_nets import Frozen, batches, conv, head
 from torch import nn
 
 import pfs_fast as pfs
-from pfs_fast.analysis import channel_graph
-from pfs_fast.cost import CostModel
-from pfs_fast.structure import Structure
-from pfs_fast.trace import trace
-from pfs_fast.verify import verify
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.structure import Structure
+from pfs_fast.graph.analysis import channel_graph
+from pfs_fast.graph.trace import trace
+from pfs_fast.slimming.verify import verify
 
 X = torch.randn(4, 3, 6, 6)
 

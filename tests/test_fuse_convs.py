@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import pfs_fast as pfs
 from benchmarks.footprint import saved_bytes
-from pfs_fast import fuse_convs, ops
-from pfs_fast.gated_layers import (
+from pfs_fast import ops
+from pfs_fast.gating import fuse_convs
+from pfs_fast.gating.gated_layers import (
     BranchedConv,
     BranchedConvNorm,
     ChainedConvNorm,
@@ -20,7 +21,7 @@ from pfs_fast.gated_layers import (
     FusedNorm,
     RecomputedConvNorm,
 )
-from pfs_fast.plan import prepare
+from pfs_fast.searching.plan import prepare
 
 
 class Branches(nn.Module):

@@ -15,11 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import pfs_fast as pfs
 from pfs_fast import _library, ops
-from pfs_fast.analysis import channel_graph
-from pfs_fast.gated import FrozenConv, GatedNetwork
-from pfs_fast.gates import GateBank, GateState
+from pfs_fast.gating.gated import FrozenConv, GatedNetwork
+from pfs_fast.gating.gates import GateBank, GateState
+from pfs_fast.gating.scope import gate_sites, gated_groups
+from pfs_fast.graph.analysis import channel_graph
 from pfs_fast.ops import reference
-from pfs_fast.scope import gate_sites, gated_groups
 
 needs_ops = pytest.mark.skipif(
     not _library.backends().cpu, reason=f"no compiled operators: {_library.backends().cpu_reason}"

@@ -10,10 +10,10 @@ from exactness import random_keep
 from group_cases import CASES
 from test_gated import assert_same, gate, shaken
 
-from pfs_fast.analysis import analyse
-from pfs_fast.cost import CostModel
-from pfs_fast.slim import slim
-from pfs_fast.structure import Structure
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.structure import Structure
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.slimming.slim import slim
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.groups])

@@ -11,7 +11,7 @@ from torch import nn
 
 import pfs_fast as pfs
 from pfs_fast import ops
-from pfs_fast.gated_layers import GlobalPool, MaxPool, can_pool, is_global_pool
+from pfs_fast.gating.gated_layers import GlobalPool, MaxPool, can_pool, is_global_pool
 from pfs_fast.ops import reference
 
 X = (3, 3, 12, 12)

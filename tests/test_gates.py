@@ -7,9 +7,9 @@ import pytest
 import torch
 from structure_cases import chain
 
-from pfs_fast.gates import GateBank, GateState, split_gates
-from pfs_fast.groups import FIXED
-from pfs_fast.scope import Site
+from pfs_fast.gating.gates import GateBank, GateState, split_gates
+from pfs_fast.gating.scope import Site
+from pfs_fast.graph.groups import FIXED
 
 GROUPS = chain(3, 2)  # units 0 1 2 | 3 4
 

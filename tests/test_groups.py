@@ -12,9 +12,9 @@ from exactness import check_cut
 from group_cases import CASES, OUTPUT
 
 import pfs_fast as pfs
-from pfs_fast.analysis import analyse
-from pfs_fast.cost import CostModel
-from pfs_fast.groups import FIXED
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.graph.groups import FIXED
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from pfs_fast.init import initialise
+from pfs_fast.slimming.init import initialise
 
 models = torchvision.models
 NETWORKS = {

@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pfs_fast import exporters, files
 from pfs_fast.errors import (
     BackendError,
     ConfigError,
@@ -23,7 +22,9 @@ from pfs_fast.errors import (
     FileWriteError,
     ModelError,
 )
-from pfs_fast.io import (
+from pfs_fast.slimming.slim import narrow_to
+from pfs_fast.storage import exporters, files
+from pfs_fast.storage.io import (
     export,
     load,
     read_metadata,
@@ -32,7 +33,6 @@ from pfs_fast.io import (
     write_safetensors,
     write_text_atomic,
 )
-from pfs_fast.slim import narrow_to
 
 HEADER = {"format": "pfs_fast.test", "version": 1}
 

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import pfs_fast as pfs
 from pfs_fast import _library
 from pfs_fast.errors import NonFiniteLossError
-from pfs_fast.kept_memory import KeptMemory, kept_bytes, kept_memory
-from pfs_fast.plan import prepare
+from pfs_fast.searching.kept_memory import KeptMemory, kept_bytes, kept_memory
+from pfs_fast.searching.plan import prepare
 
 pytestmark = pytest.mark.skipif(
     not _library.backends().cpu, reason=f"no compiled operators: {_library.backends().cpu_reason}"

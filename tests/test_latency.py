@@ -13,16 +13,16 @@ from small_nets import batches, cbr, head
 from torch import nn
 
 import pfs_fast as pfs
-from pfs_fast import latency
-from pfs_fast.analysis import channel_graph
-from pfs_fast.deployment import Deployment
+from pfs_fast.budgets.deployment import Deployment
 from pfs_fast.errors import BudgetError, InfeasibleBudgetError, ModelError
-from pfs_fast.latency import LatencyModel
-from pfs_fast.latency_cache import LatencyCache, cache_folder
-from pfs_fast.latency_layers import operations
-from pfs_fast.latency_table import Table
-from pfs_fast.loop import SearchLoop
-from pfs_fast.timing import DeviceTimer, Task, Timing
+from pfs_fast.graph.analysis import channel_graph
+from pfs_fast.measuring import latency
+from pfs_fast.measuring.latency import LatencyModel
+from pfs_fast.measuring.latency_cache import LatencyCache, cache_folder
+from pfs_fast.measuring.latency_layers import operations
+from pfs_fast.measuring.latency_table import Table
+from pfs_fast.measuring.timing import DeviceTimer, Task, Timing
+from pfs_fast.searching.loop import SearchLoop
 
 CPU = Deployment(device="cpu")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import pfs_fast as pfs
 from pfs_fast.errors import LoaderError, NonFiniteLossError
-from pfs_fast.plan import prepare
+from pfs_fast.searching.plan import prepare
 
 CPU = torch.device("cpu")
 

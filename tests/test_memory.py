@@ -11,10 +11,10 @@ from small_nets import Net, cbr, conv, head
 from torch import fx, nn
 
 import pfs_fast as pfs
-from pfs_fast.analysis import channel_graph
-from pfs_fast.cost import CostModel
-from pfs_fast.memory import ActivationModel, allocations
-from pfs_fast.structure import Structure
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.structure import Structure
+from pfs_fast.graph.analysis import channel_graph
+from pfs_fast.measuring.memory import ActivationModel, allocations
 
 BATCH = 3
 

@@ -9,12 +9,12 @@ from group_cases import CASES
 from small_nets import conv
 from torch import nn
 
-from pfs_fast.analysis import analyse
-from pfs_fast.cost import CostModel
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.structure import Structure
 from pfs_fast.errors import StructureError
-from pfs_fast.io import layer_widths
-from pfs_fast.slim import narrow_to, slim
-from pfs_fast.structure import Structure
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.slimming.slim import narrow_to, slim
+from pfs_fast.storage.io import layer_widths
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.groups])

@@ -8,7 +8,7 @@ from slim_cases import NET, Net
 from torch import nn
 
 from pfs_fast.errors import StructureError
-from pfs_fast.slim import narrow_to, slim
+from pfs_fast.slimming.slim import narrow_to, slim
 
 
 def entries(model: nn.Module) -> dict:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pfs_fast.objective import cross_entropy, sparsity_penalty
+from pfs_fast.gating.objective import cross_entropy, sparsity_penalty
 from pfs_fast.ops import reference
 
 

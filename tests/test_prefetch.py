@@ -7,7 +7,7 @@ import torch
 from small_nets import batches, tiny
 
 import pfs_fast as pfs
-from pfs_fast.prefetch import prefetched
+from pfs_fast.searching.prefetch import prefetched
 
 
 class Transfer:

@@ -7,9 +7,9 @@ import io
 import pytest
 import torch
 
-from pfs_fast import progress
 from pfs_fast.errors import ConfigError
-from pfs_fast.progress import Progress, format_metric, format_seconds, format_step
+from pfs_fast.training import progress
+from pfs_fast.training.progress import Progress, format_metric, format_seconds, format_step
 
 
 class Clock:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from small_nets import Net, conv, head
 from torch import fx, nn
 
-from pfs_fast import rules
-from pfs_fast.analysis import analyse
-from pfs_fast.groups import FIXED
+from pfs_fast.graph import rules
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.graph.groups import FIXED
 
 
 def units(model: nn.Module, layer: str, shape: tuple[int, ...] = (1, 3, 4, 4)) -> list[int]:

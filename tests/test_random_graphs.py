@@ -18,19 +18,19 @@ from random_graphs import Block, RandomNet, build, random_blocks
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from pfs_fast.analysis import channel_graph
-from pfs_fast.budget import Limits
-from pfs_fast.cost import CostModel
+from pfs_fast.budgets.budget import Limits
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.solver import solve
+from pfs_fast.budgets.structure import Structure
 from pfs_fast.errors import ModelError
-from pfs_fast.gated import GatedNetwork
-from pfs_fast.gates import GateBank, GateState
-from pfs_fast.groups import FIXED, ChannelGroups
+from pfs_fast.gating.gated import GatedNetwork
+from pfs_fast.gating.gates import GateBank, GateState
+from pfs_fast.gating.scope import SCOPES, gate_sites, gated_groups
+from pfs_fast.graph.analysis import channel_graph
+from pfs_fast.graph.groups import FIXED, ChannelGroups
 from pfs_fast.ops import reference
-from pfs_fast.scope import SCOPES, gate_sites, gated_groups
-from pfs_fast.slim import slim
-from pfs_fast.solver import solve
-from pfs_fast.structure import Structure
-from pfs_fast.verify import verify
+from pfs_fast.slimming.slim import slim
+from pfs_fast.slimming.verify import verify
 
 CASES = int(os.environ.get("PFS_FAST_RANDOM_GRAPHS", "150"))
 FIRST = int(os.environ.get("PFS_FAST_RANDOM_SEED", "0"))

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.experiments.ranking import structure
 from benchmarks.experiments.ranking_rules import RULES, Measured, rule_of
-from pfs_fast.analysis import analyse
+from pfs_fast.graph.analysis import analyse
 
 SIZES = (8, 8, 16)
 

@@ -10,9 +10,9 @@ from torch import nn
 from training import CPU, Net
 
 from pfs_fast.errors import ConfigError
-from pfs_fast.recipes import autocast_dtype
-from pfs_fast.train import TrainConfig, scratch_b_epochs
-from pfs_fast.weights import parameter_groups
+from pfs_fast.training.recipes import autocast_dtype
+from pfs_fast.training.train import TrainConfig, scratch_b_epochs
+from pfs_fast.training.weights import parameter_groups
 
 
 def test_defaults_are_the_papers_cifar_recipe():

@@ -13,10 +13,10 @@ from test_checkpoint import Interrupted, Interrupting, assert_equal, without_tim
 from torch import nn
 
 import pfs_fast as pfs
-from pfs_fast import runner as runners
 from pfs_fast.data.feed import DeviceFeed
 from pfs_fast.errors import LoaderError, NonFiniteLossError
-from pfs_fast.step_meter import DeviceMeter, HostMeter
+from pfs_fast.searching import runner as runners
+from pfs_fast.searching.step_meter import DeviceMeter, HostMeter
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,7 +39,7 @@ def uneven() -> list:
 def graphs(monkeypatch) -> StandInGraphs:
     """Everything as on CUDA, on the CPU."""
     stand_in = StandInGraphs()
-    monkeypatch.setattr("pfs_fast.loop.DEFERRED", frozenset({"cpu"}))
+    monkeypatch.setattr("pfs_fast.searching.loop.DEFERRED", frozenset({"cpu"}))
     monkeypatch.setattr(
         runners, "_graphs", lambda loop: stand_in if loop.config.cuda_graph else None
     )
@@ -80,7 +80,7 @@ def test_replayed_search_equals_one_step_by_step(graphs, make, net):
 def test_reading_late_changes_nothing(monkeypatch, make):
     model = tiny()
     at_once = run(model, make(), compact=False)
-    monkeypatch.setattr("pfs_fast.loop.DEFERRED", frozenset({"cpu"}))
+    monkeypatch.setattr("pfs_fast.searching.loop.DEFERRED", frozenset({"cpu"}))
     assert_same_search(run(model, make(), compact=False), at_once)
 
 
@@ -152,7 +152,7 @@ DYING = {"lr": 0.1, "gamma": 5.0, "target": 0.1, "epochs": 6}
 
 @pytest.fixture
 def often(monkeypatch) -> None:
-    monkeypatch.setattr("pfs_fast.compaction.MIN_STEPS_SAVED", 0.5)
+    monkeypatch.setattr("pfs_fast.gating.compaction.MIN_STEPS_SAVED", 0.5)
     monkeypatch.setattr(runners, "RECAPTURE_STEPS", 0.0)
     monkeypatch.setitem(pfs.search.__globals__["COMPACT_EVERY"], "cpu", 6)
 

@@ -9,13 +9,13 @@ from small_nets import Net, batches, cbr, conv, head
 from torch import Tensor, nn
 
 import pfs_fast as pfs
-from pfs_fast.analysis import analyse
-from pfs_fast.cost import CostModel
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.structure import Structure
 from pfs_fast.errors import StructureError
-from pfs_fast.io import load, save
-from pfs_fast.scales import find_scales
-from pfs_fast.slim import slim
-from pfs_fast.structure import Structure
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.graph.scales import find_scales
+from pfs_fast.slimming.slim import slim
+from pfs_fast.storage.io import load, save
 
 IMAGE = torch.zeros(1, 3, 6, 6)
 

@@ -10,10 +10,10 @@ from small_nets import Net, cbr, conv, head
 from torch import nn
 
 import pfs_fast as pfs
-from pfs_fast.analysis import channel_graph
 from pfs_fast.errors import ConfigError, ModelError
-from pfs_fast.groups import FIXED
-from pfs_fast.scope import gate_sites, gated_groups
+from pfs_fast.gating.scope import gate_sites, gated_groups
+from pfs_fast.graph.analysis import channel_graph
+from pfs_fast.graph.groups import FIXED
 
 
 def scoped(model: nn.Module, scope: str, shape: tuple[int, ...] = (1, 3, 32, 32)):

@@ -149,7 +149,7 @@ def test_search_tells_a_distributed_sampler_its_epoch():
 
 
 def test_search_with_compaction_repeats_bit_by_bit(monkeypatch):
-    monkeypatch.setattr("pfs_fast.compaction.MIN_STEPS_SAVED", 0.5)
+    monkeypatch.setattr("pfs_fast.gating.compaction.MIN_STEPS_SAVED", 0.5)
     model = pfs.models.resnet20(4, expansion=0.5)
     loader = batches(8, images=(3, 8, 8))
     options = {"epochs": 4, "lr": 0.1, "gamma": 5.0, "target": 0.1}
@@ -323,7 +323,7 @@ class Scripted:
             self.gates.append(values.clone())
             return next(accuracies)
 
-        monkeypatch.setattr("pfs_fast.loop.SearchLoop.evaluate", evaluate)
+        monkeypatch.setattr("pfs_fast.searching.loop.SearchLoop.evaluate", evaluate)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ from structure_cases import plain_cost, random_gates, random_groups
 from torch import nn
 
 import pfs_fast as pfs
-from pfs_fast.analysis import channel_graph
-from pfs_fast.budget import Budget, Limits
-from pfs_fast.cost import CostModel
+from pfs_fast.budgets.budget import Budget, Limits
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.solver import Sweep, rank
 from pfs_fast.errors import BudgetError, InfeasibleBudgetError
-from pfs_fast.groups import ChannelGroups
-from pfs_fast.memory import ActivationModel, allocations
-from pfs_fast.meters import Meters, even_gates
-from pfs_fast.solver import Sweep, rank
+from pfs_fast.graph.analysis import channel_graph
+from pfs_fast.graph.groups import ChannelGroups
+from pfs_fast.measuring.memory import ActivationModel, allocations
+from pfs_fast.measuring.meters import Meters, even_gates
 
 SHARES = st.floats(0.02, 1.0)
 

@@ -11,7 +11,7 @@ from small_nets import Net, conv, head
 from torch import fx, nn
 
 import pfs_fast as pfs
-from pfs_fast.trace import trace
+from pfs_fast.graph.trace import trace
 
 IMAGE = torch.zeros(1, 3, 6, 6)
 

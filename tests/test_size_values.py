@@ -12,9 +12,9 @@ from small_nets import Net, batches, cbr, conv, head
 from torch import Tensor, nn
 
 import pfs_fast as pfs
-from pfs_fast.analysis import analyse
 from pfs_fast.errors import ModelError, TraceError
-from pfs_fast.trace import trace
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.graph.trace import trace
 
 IMAGE = torch.zeros(1, 3, 6, 6)
 

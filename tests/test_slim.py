@@ -10,9 +10,9 @@ from slim_cases import NET, Net, broken, structure
 from torch import nn
 
 from benchmarks.footprint import peak_bytes
+from pfs_fast.budgets.structure import Structure
 from pfs_fast.errors import ConfigError, ModelError, StructureError
-from pfs_fast.slim import narrow_to, slim
-from pfs_fast.structure import Structure
+from pfs_fast.slimming.slim import narrow_to, slim
 
 
 def without_dropped(model: nn.Module, s: Structure) -> nn.Module:

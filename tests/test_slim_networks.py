@@ -11,14 +11,14 @@ import torchvision
 from torch import nn
 
 from pfs_fast import models
-from pfs_fast.analysis import analyse
-from pfs_fast.budget import Budget
-from pfs_fast.cost import CostModel
-from pfs_fast.counting import count
-from pfs_fast.slim import slim
-from pfs_fast.solver import solve
-from pfs_fast.structure import Structure
-from pfs_fast.verify import verify
+from pfs_fast.budgets.budget import Budget
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.solver import solve
+from pfs_fast.budgets.structure import Structure
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.graph.counting import count
+from pfs_fast.slimming.slim import slim
+from pfs_fast.slimming.verify import verify
 
 # Input sizes are about the smallest that each network takes.
 NETWORKS = {

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from structure_cases import chain, conv, fixed, group, plain_cost, random_gates, random_groups
 
-from pfs_fast.budget import Budget, Limits
-from pfs_fast.cost import CostModel
+from pfs_fast.budgets.budget import Budget, Limits
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.solver import Sweep, pareto, rank, solve
 from pfs_fast.errors import InfeasibleBudgetError, StructureError
-from pfs_fast.groups import ChannelGroups
-from pfs_fast.solver import Sweep, pareto, rank, solve
+from pfs_fast.graph.groups import ChannelGroups
 
 ALIVE = np.full(100, -1)
 BUDGETS = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pfs_fast import models
-from pfs_fast.analysis import analyse
-from pfs_fast.budget import Budget
-from pfs_fast.cost import CostModel
-from pfs_fast.solver import rank, solve
+from pfs_fast.budgets.budget import Budget
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.solver import rank, solve
+from pfs_fast.graph.analysis import analyse
 
 TRIALS = 1000
 

@@ -11,14 +11,14 @@ from small_nets import batches, tiny
 from test_checkpoint import Interrupted, Interrupting, assert_equal, device_loader
 
 import pfs_fast as pfs
-from pfs_fast.analysis import channel_graph
+from pfs_fast.budgets.cost import CostModel
 from pfs_fast.cli import search as cli_search
 from pfs_fast.cli.options import data_spec
-from pfs_fast.compare import structure_distance
-from pfs_fast.cost import CostModel
 from pfs_fast.errors import ConfigError, StructureError
-from pfs_fast.scope import gated_groups
-from pfs_fast.stability import Change, StabilityWatch, order_change, structure_change
+from pfs_fast.gating.scope import gated_groups
+from pfs_fast.graph.analysis import channel_graph
+from pfs_fast.searching.compare import structure_distance
+from pfs_fast.searching.stability import Change, StabilityWatch, order_change, structure_change
 
 
 def run(model=None, loader=None, budget=0.6, checkpoint=None, **options):

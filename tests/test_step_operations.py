@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pfs_fast as pfs
-from pfs_fast import _library, winograd
-from pfs_fast.config import PRECISIONS
-from pfs_fast.plan import prepare
-from pfs_fast.widths import WidthRule
+from pfs_fast import _library
+from pfs_fast.gating import winograd
+from pfs_fast.gating.widths import WidthRule
+from pfs_fast.searching.config import PRECISIONS
+from pfs_fast.searching.plan import prepare
 
 pytestmark = pytest.mark.skipif(
     not _library.backends().cpu, reason=f"no compiled operators: {_library.backends().cpu_reason}"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from structure_cases import chain, plain_cost, random_groups
 
+from pfs_fast.budgets.limit_check import LimitCheck
+from pfs_fast.budgets.structure import Structure
 from pfs_fast.errors import FileFormatError, StructureError
-from pfs_fast.limit_check import LimitCheck
-from pfs_fast.structure import Structure
 
 KEEP = np.array([True, False, True, True, False, True])
 

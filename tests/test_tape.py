@@ -10,7 +10,7 @@ from small_nets import Net, cbr, head, tiny
 from torch import fx, nn
 
 from pfs_fast import _library
-from pfs_fast.tape import NotRecordedError, Tape, foreign_code, record
+from pfs_fast.searching.tape import NotRecordedError, Tape, foreign_code, record
 
 needs_library = pytest.mark.skipif(
     not _library.backends().cpu, reason=f"no compiled library: {_library.backends().cpu_reason}"

@@ -13,10 +13,10 @@ from torch import fx, nn
 
 import pfs_fast as pfs
 from pfs_fast import _library
-from pfs_fast import runner as runners
-from pfs_fast.compaction import Compaction
 from pfs_fast.errors import LoaderError
-from pfs_fast.tape import NotRecordedError, Tape
+from pfs_fast.gating.compaction import Compaction
+from pfs_fast.searching import runner as runners
+from pfs_fast.searching.tape import NotRecordedError, Tape
 
 pytestmark = pytest.mark.skipif(
     not _library.backends().cpu, reason=f"no compiled library: {_library.backends().cpu_reason}"
@@ -75,7 +75,7 @@ def test_model_without_norms_and_soft_labels_are_replayed(log):
 
 @pytest.mark.parametrize("options", [{}, FUSED])
 def test_step_is_recorded_anew_after_channels_have_left(log, monkeypatch, options):
-    monkeypatch.setattr("pfs_fast.compaction.MIN_STEPS_SAVED", 0.5)
+    monkeypatch.setattr("pfs_fast.gating.compaction.MIN_STEPS_SAVED", 0.5)
     monkeypatch.setitem(pfs.search.__globals__["COMPACT_EVERY"], "cpu", 6)
     model, loader = narrow(), batches(5, images=(3, 8, 8))
     replayed = run(model, loader, **DYING, **options)
@@ -86,7 +86,7 @@ def test_step_is_recorded_anew_after_channels_have_left(log, monkeypatch, option
 
 
 def test_tape_lets_go_of_weights_before_narrower_ones_are_made(monkeypatch):
-    monkeypatch.setattr("pfs_fast.compaction.MIN_STEPS_SAVED", 0.5)
+    monkeypatch.setattr("pfs_fast.gating.compaction.MIN_STEPS_SAVED", 0.5)
     monkeypatch.setitem(pfs.search.__globals__["COMPACT_EVERY"], "cpu", 6)
     found, made, leave_out = [], [], Compaction.leave_out
 

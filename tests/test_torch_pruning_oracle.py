@@ -18,8 +18,8 @@ import torchvision
 from torch import nn
 from weightless import weightless
 
-from pfs_fast.propagation import NONE, Propagation
-from pfs_fast.trace import trace
+from pfs_fast.graph.propagation import NONE, Propagation
+from pfs_fast.graph.trace import trace
 
 tp = pytest.importorskip("torch_pruning", reason="needs torch-pruning to compare with")
 

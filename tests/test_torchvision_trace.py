@@ -10,8 +10,8 @@ import torchvision
 from torchvision.models import list_models
 from weightless import weightless
 
-from pfs_fast.analysis import analyse
-from pfs_fast.cost import CostModel
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.graph.analysis import analyse
 
 NAMES = list_models(module=torchvision.models)
 OUTPUT = "it is an output of the network"

@@ -11,10 +11,10 @@ from torch import nn
 from weightless import weightless
 
 import pfs_fast as pfs
-from pfs_fast.analysis import analyse
-from pfs_fast.cost import CostModel
+from pfs_fast.budgets.cost import CostModel
 from pfs_fast.errors import ModelError, TraceError
-from pfs_fast.trace import trace
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.graph.trace import trace
 
 IMAGE = torch.zeros(1, 3, 6, 6)
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training import CPU, Net, assert_same, batches, fit, state_of
 
-from pfs_fast.batches import LabelWatch
 from pfs_fast.errors import LoaderError, ModelError
-from pfs_fast.evaluation import unwrap
-from pfs_fast.onednn import unsafe_weight_gradients
-from pfs_fast.train import TrainConfig, evaluate, train
+from pfs_fast.training.batches import LabelWatch
+from pfs_fast.training.evaluation import unwrap
+from pfs_fast.training.onednn import unsafe_weight_gradients
+from pfs_fast.training.train import TrainConfig, evaluate, train
 
 # The loop
 

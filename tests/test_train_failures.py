@@ -11,7 +11,7 @@ from torch import Tensor
 from training import CPU, Net, assert_same, batches, fit, state_of
 
 from pfs_fast.errors import LoaderError, NonFiniteLossError
-from pfs_fast.train import TrainConfig, train
+from pfs_fast.training.train import TrainConfig, train
 
 
 def test_nan_loss_stops_at_the_step_with_the_last_good_state():
@@ -62,8 +62,8 @@ def test_nan_gradient_of_an_epochs_last_step_does_not_reach_the_kept_state():
 
 def test_diverging_training_is_found_by_the_loss_log():
     """What a device would find late: the log names the first bad step, not the one of the read."""
-    from pfs_fast.evaluation import Forward
-    from pfs_fast.train import _StepLog
+    from pfs_fast.training.evaluation import Forward
+    from pfs_fast.training.train import _StepLog
 
     log = _StepLog(Forward(Net(), CPU, None, None), first_step=10)
     for loss in (1.0, 2.0, math.inf, math.nan):

@@ -10,12 +10,12 @@ from slim_cases import CONV, NET, Net, broken, structure
 from small_nets import Net2
 from torch import nn
 
-from pfs_fast.analysis import analyse
-from pfs_fast.cost import CostModel
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.structure import Structure
 from pfs_fast.errors import ConfigError, ModelError, StructureError
-from pfs_fast.slim import slim
-from pfs_fast.structure import Structure
-from pfs_fast.verify import verify
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.slimming.slim import slim
+from pfs_fast.slimming.verify import verify
 
 X = torch.zeros(8, 3, 2, 2)  # several images, so that no channel is 0 after ReLU for all
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import pfs_fast as pfs
-from pfs_fast import winograd
-from pfs_fast.groups import ChannelGroup
-from pfs_fast.plan import prepare
-from pfs_fast.widths import WidthRule, preferred_multiple
+from pfs_fast.gating import winograd
+from pfs_fast.gating.widths import WidthRule, preferred_multiple
+from pfs_fast.graph.groups import ChannelGroup
+from pfs_fast.searching.plan import prepare
 
 VECTOR = preferred_multiple(torch.device("cpu"))  # 8 or 16, by the processor
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import pfs_fast as pfs
-from pfs_fast import _library, ops, winograd
+from pfs_fast import _library, ops
 from pfs_fast.errors import ConfigError
-from pfs_fast.gated import FrozenConv
-from pfs_fast.plan import prepare
+from pfs_fast.gating import winograd
+from pfs_fast.gating.gated import FrozenConv
+from pfs_fast.searching.plan import prepare
 
 needs_ops = pytest.mark.skipif(
     not _library.backends().cpu, reason=f"no compiled operators: {_library.backends().cpu_reason}"

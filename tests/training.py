@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pfs_fast.train import TrainConfig, TrainResult, train
+from pfs_fast.training.train import TrainConfig, TrainResult, train
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from pfs_fast import ops, winograd
+from pfs_fast import ops
+from pfs_fast.gating import winograd
 from pfs_fast.models._blocks import ConvBNAct
 from pfs_fast.models.resnet_cifar import BasicBlock, CifarResNet
 

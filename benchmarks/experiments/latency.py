@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import pfs_fast as pfs
 from benchmarks.machine import Machine
-from pfs_fast.analysis import channel_graph
-from pfs_fast.scope import gated_groups
+from pfs_fast.gating.scope import gated_groups
+from pfs_fast.graph.analysis import channel_graph
 
 ROUNDS = 41
 # (share of the whole network's latency, share of its MACs); the second limit is the tighter one in the last case

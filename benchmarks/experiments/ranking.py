@@ -23,13 +23,13 @@ from torch import Tensor, nn
 import pfs_fast as pfs
 from benchmarks.experiments.fused_training import fused
 from benchmarks.experiments.ranking_rules import RULES, Measured, rule_of
-from pfs_fast.cost import CostModel
-from pfs_fast.files import write_text_atomic
-from pfs_fast.groups import ChannelGroups
-from pfs_fast.loop import SearchLoop
-from pfs_fast.plan import prepare
-from pfs_fast.solver import solve
-from pfs_fast.structure import Structure
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.solver import solve
+from pfs_fast.budgets.structure import Structure
+from pfs_fast.graph.groups import ChannelGroups
+from pfs_fast.searching.loop import SearchLoop
+from pfs_fast.searching.plan import prepare
+from pfs_fast.storage.files import write_text_atomic
 
 NETWORKS = {"resnet20": ("resnet20", 1.0), "vgg16-0.25": ("vgg16", 0.25)}
 # Short trainings scatter: an annealed rate and averaged weights take a good part of it away.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pfs_fast.cost import CostModel
-from pfs_fast.groups import ChannelGroups
+from pfs_fast.budgets.cost import CostModel
+from pfs_fast.graph.groups import ChannelGroups
 
 
 @dataclass(frozen=True)

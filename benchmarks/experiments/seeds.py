@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pfs_fast as pfs
-from pfs_fast.files import write_text_atomic
-from pfs_fast.init import initialise
-from pfs_fast.structure import Structure
+from pfs_fast.budgets.structure import Structure
+from pfs_fast.slimming.init import initialise
+from pfs_fast.storage.files import write_text_atomic
 
 NETWORK, EXPANSION, BUDGET = "resnet20", 0.5, 0.5
 TRAIN, VAL = 10_000, 2_000

@@ -22,7 +22,7 @@ from benchmarks.rounding import Kind, PlainRun, kinds
 from benchmarks.settings import NETWORKS, Settings
 from benchmarks.suites.search import BUDGET, EXPANSION, correlation, search_config
 from benchmarks.tables import Case
-from pfs_fast.config import PRECISIONS
+from pfs_fast.searching.config import PRECISIONS
 
 TITLE = "Agreement of structures"
 

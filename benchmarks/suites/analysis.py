@@ -1,6 +1,6 @@
 """What a user waits for on the CPU before and after a search: the channel groups of a network, and a structure for a budget.
 
-- groups: ``pfs_fast.analysis.analyse``, from a model to its prunable groups. ResNet-50 on the meta device with 1, 2 and 4 times the
+- groups: ``pfs_fast.graph.analysis.analyse``, from a model to its prunable groups. ResNet-50 on the meta device with 1, 2 and 4 times the
   channels shows how the time grows with them.
 - structures: ``SearchResult.structure_for`` on random gates of ResNet-50, half of them dead, for one limit after another.
 
@@ -19,8 +19,8 @@ import pfs_fast as pfs
 from benchmarks.settings import Settings
 from benchmarks.tables import Case, timing_columns
 from benchmarks.timing import Clock, Variant, time_variants
-from pfs_fast.analysis import analyse
-from pfs_fast.plan import prepare
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.searching.plan import prepare
 
 GROUPS = "From a model to its channel groups"
 STRUCTURES = "`structure_for` on a search of ResNet-50"

@@ -4,7 +4,7 @@ where a search would take that.
 - direct: ``F.conv2d``, and ``at::convolution`` of the output's gradient, as ``pfs_fast.ops.frozen_conv`` calls them;
 - winograd2, winograd4: ``pfs_fast.ops.winograd_conv`` with tile 2 and 4.
 
-Forward, and the gradient for the input alone. ``chosen`` is the tile that a search uses (``pfs_fast.winograd``; 0: direct). The
+Forward, and the gradient for the input alone. ``chosen`` is the tile that a search uses (``pfs_fast.gating.winograd``; 0: direct). The
 relative error against float64 is that of the output, for the first 8 images.
 """
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from benchmarks.settings import Settings
 from benchmarks.tables import Case, timing_rows
 from benchmarks.timing import Clock, Variant, time_variants
-from pfs_fast import ops, winograd
-from pfs_fast.config import PRECISIONS
+from pfs_fast import ops
+from pfs_fast.gating import winograd
+from pfs_fast.searching.config import PRECISIONS
 
 TITLE = "`winograd_conv` against PyTorch's convolution"
 # C_in, C_out, height = width

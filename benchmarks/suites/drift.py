@@ -19,8 +19,8 @@ from benchmarks.rounding import Kind, PlainRun, kinds
 from benchmarks.settings import NETWORKS, Settings
 from benchmarks.suites.search import BUDGET, EXPANSION
 from benchmarks.tables import Case
-from pfs_fast.config import PRECISIONS
-from pfs_fast.plan import prepare
+from pfs_fast.searching.config import PRECISIONS
+from pfs_fast.searching.plan import prepare
 
 TITLE = "Drift of gates: root mean square of the difference to a plain float64 search"
 EXACT = "plain fp64"

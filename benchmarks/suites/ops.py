@@ -28,7 +28,7 @@ from benchmarks.settings import Settings
 from benchmarks.tables import Case, mib, timing_rows
 from benchmarks.timing import TOTAL, Clock, Variant, time_variants
 from pfs_fast import ops
-from pfs_fast.config import PRECISIONS
+from pfs_fast.searching.config import PRECISIONS
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 CPU_MAPS = ((128, 16, 32, 32), (128, 64, 32, 32), (16, 64, 56, 56), (128, 512, 4, 4))

@@ -25,7 +25,7 @@ from benchmarks.settings import NETWORKS, Settings
 from benchmarks.steps import Step, all_steps, gate_places
 from benchmarks.tables import Case
 from benchmarks.timing import Clock, Effort, Spread, Variant, synchronize, time_variants
-from pfs_fast.config import PRECISIONS
+from pfs_fast.searching.config import PRECISIONS
 
 WHOLE, ALONG = "Whole search", "Along the search"
 EXPANSION = 1.25

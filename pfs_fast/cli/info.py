@@ -17,16 +17,16 @@ from torch import nn
 import pfs_fast
 
 from .. import data, models
-from ..analysis import channel_graph
-from ..checkpoint import FORMAT as CHECKPOINT_FORMAT
-from ..cost import count
-from ..files import read_metadata
-from ..groups import ChannelGroups
-from ..io import MODEL_FORMAT
-from ..result import FORMAT as SEARCH_FORMAT
-from ..result import SearchResult
-from ..scope import SCOPES, gated_groups
-from ..structure import Structure
+from ..budgets.cost import count
+from ..budgets.structure import Structure
+from ..gating.scope import SCOPES, gated_groups
+from ..graph.analysis import channel_graph
+from ..graph.groups import ChannelGroups
+from ..searching.checkpoint import FORMAT as CHECKPOINT_FORMAT
+from ..searching.result import FORMAT as SEARCH_FORMAT
+from ..searching.result import SearchResult
+from ..storage.files import read_metadata
+from ..storage.io import MODEL_FORMAT
 from . import run_folder
 from .options import add_model_arguments, model_spec, parse_shape
 

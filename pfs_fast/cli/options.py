@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from .. import data, models
-from ..budget import Budget
-from ..config import SearchConfig
+from ..budgets.budget import Budget
 from ..errors import ConfigError, PfsError
+from ..searching.config import SearchConfig
 from .inputs import DataSpec, ModelSpec
 
 T = TypeVar("T")

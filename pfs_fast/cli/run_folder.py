@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..budgets.structure import Structure
 from ..errors import ConfigError, FileFormatError, FileWriteError
-from ..files import write_text_atomic
-from ..structure import Structure
+from ..storage.files import write_text_atomic
 from .inputs import DataSpec, ModelSpec
 
 FORMAT, VERSION = "pfs_fast.run", 1

@@ -15,12 +15,12 @@ import torch
 
 import pfs_fast
 
-from ..budget import Budget
-from ..config import PRECISIONS, SearchConfig
-from ..files import write_text_atomic
-from ..result import SearchResult
-from ..scope import SCOPES
-from ..seeds import SearchResults, checked_seeds
+from ..budgets.budget import Budget
+from ..gating.scope import SCOPES
+from ..searching.config import PRECISIONS, SearchConfig
+from ..searching.result import SearchResult
+from ..searching.seeds import SearchResults, checked_seeds
+from ..storage.files import write_text_atomic
 from . import run_folder
 from .inputs import DataSpec, ModelSpec
 from .options import (

@@ -17,12 +17,12 @@ import torch
 
 import pfs_fast
 
+from ..budgets.structure import Structure
 from ..data import DeviceLoader, Splits
 from ..errors import FileFormatError
-from ..meters import needs_model
-from ..recipes import AMP_MODES, SCHEDULES, TrainConfig
-from ..result import SearchResult
-from ..structure import Structure
+from ..measuring.meters import needs_model
+from ..searching.result import SearchResult
+from ..training.recipes import AMP_MODES, SCHEDULES, TrainConfig
 from . import run_folder
 from .inputs import DataSpec, ModelSpec, joined
 from .options import (

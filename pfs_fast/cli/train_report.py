@@ -12,12 +12,12 @@ from torch import nn
 
 import pfs_fast
 
+from ..budgets.structure import Structure
 from ..data import DeviceLoader
 from ..errors import ConfigError, FileFormatError, ModelError
-from ..evaluation import Accuracy
-from ..files import write_text_atomic
-from ..structure import Structure
-from ..train import TrainResult
+from ..storage.files import write_text_atomic
+from ..training.evaluation import Accuracy
+from ..training.train import TrainResult
 
 
 def check_cost(slim: nn.Module, structure: Structure, image: torch.Tensor) -> None:

@@ -183,7 +183,7 @@ def test_checkpoint_goes_on_with_a_search_that_was_stopped(folder, monkeypatch, 
 
 
 def stop_after_first_epoch(monkeypatch) -> None:
-    from pfs_fast.checkpoint import Checkpoint
+    from pfs_fast.searching.checkpoint import Checkpoint
 
     save = Checkpoint.save
 

@@ -10,15 +10,15 @@ from small_nets import Frozen, batches
 from structure_cases import chain
 
 import pfs_fast as pfs
-from pfs_fast.compare import structure_distance
 from pfs_fast.errors import (
     ConfigError,
     LoaderError,
     StructureError,
 )
 from pfs_fast.proxies import PROXIES, ShortTraining
-from pfs_fast.seeds import SearchResults
-from pfs_fast.similarity import structure_similarity
+from pfs_fast.searching.compare import structure_distance
+from pfs_fast.searching.seeds import SearchResults
+from pfs_fast.searching.similarity import structure_similarity
 
 MEASURES = ("width_correlation", "share_correlation", "widths", "channels")
 

@@ -14,7 +14,7 @@ from pfs_fast.errors import (
     FileFormatError,
     FileWriteError,
 )
-from pfs_fast.seeds import SearchResults, checkpoint_of
+from pfs_fast.searching.seeds import SearchResults, checkpoint_of
 
 # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def test_files_of_one_and_of_several_results_are_told_apart(results, tmp_path):
 
 @pytest.mark.parametrize("change", ["none", "text", "twice", "no gates", "empty"])
 def test_damaged_files_are_refused(results, tmp_path, change, monkeypatch):
-    from pfs_fast import seeds as module
+    from pfs_fast.searching import seeds as module
 
     whole = module.write_safetensors
 

@@ -22,7 +22,7 @@ from pfs_fast.errors import (
     NonFiniteLossError,
     StructureError,
 )
-from pfs_fast.seeds import SearchResults, fresh_copy
+from pfs_fast.searching.seeds import SearchResults, fresh_copy
 
 BACKENDS = ["reference", pytest.param("fused", marks=pytest.mark.skipif(not is_loaded(), reason="needs the compiled operators"))]  # fmt: skip
 

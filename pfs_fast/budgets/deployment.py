@@ -1,0 +1,107 @@
+"""Where and how a slim network will run: what its latency, memory and preferred widths depend on."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import BudgetError
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+_TENSOR_CORE_WIDTH = 8  # channels, for 16-bit operands and TF32 alike
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How a slim network will run.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``, with or without an index; None: the current CUDA device where there is one, else the
+            CPU.
+        batch: Images in one forward pass.
+        precision: dtype of weights, images and activations: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"fp64"``.
+        threads: CPU threads; None: as many as PyTorch uses now.
+
+    Raises:
+        BudgetError: For a value outside its range.
+    """
+
+    device: str | None = None
+    batch: int = 1
+    precision: str = "fp32"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device is not None:
+            object.__setattr__(self, "device", str(_parsed(self.device)))
+        for name in ("batch", "threads"):
+            value = getattr(self, name)
+            if value is None and name == "threads":
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                raise BudgetError(
+                    f"Budget: {name} must be a whole number of at least 1, got {value!r}; pass e.g. 1"
+                )
+            object.__setattr__(self, name, int(value))
+        if self.precision not in DTYPES:
+            raise BudgetError(
+                f"Budget: precision must be one of {', '.join(map(repr, DTYPES))}, got {self.precision!r}"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    def place(self) -> torch.device:
+        """The device, once it is certain that it is there.
+
+        Raises:
+            BudgetError: It is not.
+        """
+        if self.device is None:
+            return (
+                torch.device("cuda", torch.cuda.current_device())
+                if torch.cuda.is_available()
+                else torch.device("cpu")
+            )
+        device = torch.device(self.device)
+        if device.type == "cpu":
+            return device
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = device.index
+        if index is None and there:
+            index = torch.cuda.current_device()
+        if index is None or index >= there:
+            raise BudgetError(
+                f"Budget: device must be there, got '{device}' of {there} CUDA devices; latency is measured, so set the "
+                "budget where the network will run, or use device='cpu'"
+            )
+        return torch.device("cuda", index)
+
+    def preferred_multiple(self) -> int:
+        """Widths that the device computes best: 8 where tensor cores do the convolutions, else 1."""
+        device = self.place()
+        if device.type == "cpu":
+            return 1
+        capability = torch.cuda.get_device_capability(device)
+        first = {"fp16": (7, 0), "bf16": (8, 0), "fp32": (8, 0), "fp64": (99, 0)}[self.precision]
+        return _TENSOR_CORE_WIDTH if capability >= first else 1
+
+
+def _parsed(device: object) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BudgetError(
+            f"Budget: device must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}"
+        ) from error
+    if parsed.type not in ("cpu", "cuda"):
+        raise BudgetError(f"Budget: device must be a CPU or CUDA device, got '{parsed}'; use 'cpu'")
+    return parsed

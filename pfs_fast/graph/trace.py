@@ -1,0 +1,341 @@
+"""Model and example input -> ``torch.fx`` graphs with the shape of every value.
+
+The train and the eval forward may differ (auxiliary heads, stochastic depth), so both are traced; they share the modules
+of one deep copy, and the user's model is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import os
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torchvision.ops import FrozenBatchNorm2d
+
+from .._modules import require_plain
+from ..errors import ModelError, TraceError
+from .functional import call_layers, is_same_padded
+from .shapes import infer_values
+from .size_values import NotASize, SizeValues
+
+_TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep  # not torchvision
+# Layers that stay one node, also as subclasses with the forward of their base.
+_LAYERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm, FrozenBatchNorm2d)
+_OWN_FOLDER = str(Path(__file__).parent) + os.sep
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """The forward of a model as graphs over one copy of its modules.
+
+    Attributes:
+        train: Graph of the forward in train mode; ``node.meta["val"]`` holds a fake tensor (or another value) per node,
+            for a batch of two, ``writes`` and ``stale`` what an operation overwrites (``shapes.infer_values``).
+        eval: Graph in eval mode; the same object as ``train`` where both are equal.
+        macs: MACs of the eval forward of one image, all operations that ``torch.utils.flop_counter`` knows.
+        params: Parameters of the model, each counted once, also of modules that the forward never calls.
+        opaque: Modules that could not be traced and are one node each: name -> why. Their channels are held whole.
+        shapes: Shapes of one image, one for each input, where the forward asked for sizes (``if height == 7``): the graphs
+            hold for these alone. None: it did not ask.
+    """
+
+    train: fx.GraphModule
+    eval: fx.GraphModule
+    macs: int
+    params: int
+    opaque: dict[str, str] = field(default_factory=dict)
+    shapes: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def graphs(self) -> tuple[fx.GraphModule, ...]:
+        return (self.train,) if self.train is self.eval else (self.train, self.eval)
+
+
+class _Proxy(fx.Proxy):
+    """Records ``y += z`` as what it is: torch.fx would take it for ``y = y + z``, and other names of y for unchanged."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+    def __ipow__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ipow, other)
+
+    def __ifloordiv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ifloordiv, other)
+
+    def __imod__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imod, other)
+
+    def __iand__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iand, other)
+
+    def __ior__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ior, other)
+
+    def __ixor__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.ixor, other)
+
+    def _in_place(self, operation: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    # Where Python needs a number of a size, it gets that of the example.
+
+    def __getattr__(self, k: str) -> fx.Proxy:
+        if k in ("shape", "ndim"):  # as proxies of this class, where torch.fx has one of its own
+            return self.tracer.create_proxy("call_function", getattr, (self, k), {})
+        return super().__getattr__(k)
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.number(self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.number(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.number(self))
+
+    def __round__(self, digits: int | None = None) -> float:
+        return round(self.tracer.number(self), digits)
+
+    def __len__(self) -> int:
+        return len(self.tracer.elements(self))
+
+
+class _Tracer(fx.Tracer):
+    """Keeps every layer that pruning narrows as one node, and remembers where it is."""
+
+    def __init__(self, opaque: set[type[nn.Module]], inputs: tuple[torch.Tensor, ...]) -> None:
+        super().__init__()
+        self.path: list[str] = []
+        self._opaque = opaque
+        self._size_values = SizeValues(self, inputs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.number(obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        """Every size of a shape, still as something that follows the shape."""
+        return (obj[i] for i in range(len(self.elements(obj))))
+
+    def number(self, obj: fx.Proxy) -> Any:
+        """What Python makes control flow of, or an index."""
+        try:
+            value = self._size_values(obj.node)
+        except NotASize as error:
+            raise fx.proxy.TraceError(
+                f"the forward asks for '{obj.node.name}', but {error}"
+            ) from None
+        if not isinstance(value, (bool, int, float)):
+            raise fx.proxy.TraceError(f"the forward asks for '{obj.node.name}', which is no number")
+        return value
+
+    def elements(self, obj: fx.Proxy) -> tuple[Any, ...]:
+        """A shape, of which only the length is used."""
+        try:
+            return self._size_values.shape(obj.node)
+        except NotASize as error:
+            raise fx.proxy.TraceError(
+                f"the forward goes through '{obj.node.name}', but {error}"
+            ) from None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) in self._opaque or is_same_padded(m):
+            return True
+        for base in _LAYERS:
+            # A subclass with the forward of its base (weight standardisation has one of its own) is that layer.
+            if isinstance(m, base):
+                own = type(m)
+                torch_class = _torch_class(own)
+                if own.forward is torch_class.forward:
+                    return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        self.path.append(self.path_of_module(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.path.pop()  # not in a finally: after an error the last entry says where it happened
+        return result
+
+
+def trace(
+    model: nn.Module,
+    example_input: torch.Tensor | tuple[torch.Tensor, ...],
+    *,
+    values: bool = True,
+) -> TracedModel:
+    """Trace the forward of a model in train and in eval mode.
+
+    Args:
+        model: Any fx-traceable module. Not modified.
+        example_input: Input as the model takes it, [N, C, ...]; only shape, dtype and device are used. A tuple for
+            several inputs. Where the forward asks for sizes, the graphs hold for images of this shape (``TracedModel.shapes``).
+        values: The graphs are to be run on numbers, so a model on the meta device is refused.
+
+    Raises:
+        ModelError: The model is wrapped, cannot be copied, or its parameters lie on several devices.
+        TraceError: The forward depends on data, or does not take such an input; the message names the place.
+    """
+    _check_model(model, values)
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    replica = _copied(model)
+    graphs, inside, untraceable = _trace_modes(replica, inputs)
+    for layer in inside:
+        # What the subclass does besides stands in the graph; the layer itself is that of its base.
+        layer.__class__ = _torch_class(type(layer))
+    train, eval_ = graphs
+    assumed = [n for g in graphs for n in g.graph.nodes if "assumed" in n.meta]
+    if _same(train.graph, eval_.graph):
+        for node, twin in zip(train.graph.nodes, eval_.graph.nodes, strict=True):
+            node.meta |= twin.meta
+        eval_ = train
+    try:
+        if train is not eval_:
+            infer_values(train.train(), inputs, count=False)
+        macs = infer_values(eval_.eval(), inputs)
+    except TraceError:
+        nodes = (n for g in (train, eval_) for n in g.graph.nodes)
+        failed = next((n for n in nodes if "val" not in n.meta), None)
+        if failed is not None and failed.op == "call_module":
+            error = untraceable.get(type(_get(replica, failed.target)))
+            if error is not None:  # not for its sizes alone, as it turns out where it is run
+                raise error from None
+        raise
+    opaque = {
+        name: f"module '{name}' ({type(module).__name__}) cannot be traced"
+        for name, module in replica.named_modules()
+        if type(module) in untraceable
+    }
+    shapes = tuple(tuple(x.shape[1:]) for x in inputs) if assumed else None
+    params = sum(p.numel() for p in model.parameters())
+    return TracedModel(train, eval_, macs, params, opaque, shapes)
+
+
+def _trace_modes(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> tuple[list[fx.GraphModule], set[nn.Module], dict[type[nn.Module], TraceError]]:
+    """Graphs in train and eval mode, layers with a forward of their own, and classes that had to stay one node.
+
+    A module whose forward asks for what no size says (``if x.is_contiguous()``) cannot be traced, but run as it is.
+    """
+    untraceable: dict[type[nn.Module], TraceError] = {}
+    while True:
+        graphs, inside = [], set()
+        try:
+            for training in (True, False):
+                model.train(training)
+                graph_module, layers = _trace_mode(model, inputs, set(untraceable))
+                graphs.append(graph_module)
+                inside |= layers
+            return graphs, inside, untraceable
+        except _Untraceable as error:
+            kind = type(error.module)
+            if error.module is model or kind in untraceable or kind.__module__.startswith("torch."):
+                raise next(iter(untraceable.values()), error.error) from None
+            untraceable[kind] = error.error
+
+
+class _Untraceable(Exception):
+    """A module that torch.fx does not trace, and the error that says so."""
+
+    def __init__(self, module: nn.Module, error: TraceError) -> None:
+        super().__init__(str(error))
+        self.module, self.error = module, error
+
+
+def _check_model(model: nn.Module, values: bool) -> None:
+    """Refuse what cannot be copied and traced as a plain module."""
+    require_plain("trace", model)
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = sorted({str(t.device) for t in tensors})
+    if len(devices) > 1:
+        raise ModelError(
+            f"trace: model must lie on one device, got tensors on {', '.join(devices)}; use model.to(device)"
+        )
+    if values and devices == ["meta"]:
+        raise ModelError(
+            "trace: model must hold values, got tensors on the meta device; use model.to_empty() and initialise it"
+        )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the model's attributes raise
+        raise ModelError(
+            f"trace: model must be one that copy.deepcopy copies, got {type(error).__name__}: {error}; use "
+            "torch.nn.utils.parametrizations instead of weight_norm or spectral_norm, and keep no activations, locks or "
+            "open files on the model"
+        ) from error
+
+
+def _trace_mode(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], opaque: set[type[nn.Module]]
+) -> tuple[fx.GraphModule, set[nn.Module]]:
+    """The graph, and layers with a forward of their own that became calls of their base."""
+    tracer = _Tracer(opaque, inputs)
+    try:
+        with warnings.catch_warnings():
+            # What traced control flow warns of becomes an error below if it matters.
+            warnings.simplefilter("ignore")
+            graph = tracer.trace(model)
+    except Exception as error:  # whatever the user's forward raises under tracing
+        where = tracer.path[-1] if tracer.path else "the model itself"
+        module = _get(model, where)
+        named = TraceError(
+            f"trace: model must be traceable by torch.fx, but module '{where}' ({type(module).__name__}) "
+            f"is not{_user_line(error)}: {type(error).__name__}: {error}; make its control flow independent of tensor "
+            "values, hide the step behind torch.fx.wrap, or pass a part without it, as the backbone of a detector"
+        )
+        named.__cause__ = error
+        raise _Untraceable(module, named) from error
+    inside = call_layers(graph, tracer.root)
+    return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__), inside
+
+
+def _torch_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The library's class that a layer is derived from."""
+    return next(
+        c for c in kind.__mro__ if c is FrozenBatchNorm2d or c.__module__.startswith("torch.nn.")
+    )
+
+
+def _get(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name) if name and name != "the model itself" else model
+
+
+def _user_line(error: Exception) -> str:
+    """`` (file:line: code)`` of the innermost frame outside torch and this package."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((_TORCH_FOLDER, _OWN_FOLDER)):
+            return f" ({frame.filename}:{frame.lineno}: {frame.line})"
+    return ""
+
+
+def _same(a: fx.Graph, b: fx.Graph) -> bool:
+    def form(graph: fx.Graph) -> Iterator[tuple]:
+        for node in graph.nodes:
+            yield node.op, str(node.target), str(node.args), str(node.kwargs)
+
+    return list(form(a)) == list(form(b))

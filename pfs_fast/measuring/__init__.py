@@ -1,0 +1,1 @@
+"""Costs that only a run can tell: latency and peak memory."""

@@ -1,0 +1,140 @@
+"""Latency of a forward pass: predicted from a table of measured layers, measured end to end on the slim network.
+
+The table holds the time of every distinct layer over a grid of widths, measured once on a machine and kept on disk.
+Between the points it is interpolated, and made to rise with the width, as the solver needs. The sum over the layers
+leaves out what layers do to each other (caches, launches that overlap), so
+``latency_fit`` goes by whole networks.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from ..budgets.deployment import Deployment
+from ..graph.narrow import BATCH_NORMS
+from ..graph.sides import Sides
+from .latency_cache import LatencyCache, machine_key
+from .latency_layers import operations
+from .latency_table import measured_tables
+from .timing import DeviceTimer, Task, Timer, Timing
+
+_TURNS = 25
+
+
+class LatencyModel:
+    """Milliseconds of a forward pass for any set of kept units.
+
+    Args:
+        graph_module: Traced eval forward of the whole network, with labels in ``node.meta["labelled"]``.
+        unit_of_label: Unit of each label, ``FIXED`` where it is held whole. [num_labels], int64.
+        num_units: Number of units.
+        input_shape: Of one image, (C, H, W).
+        run: Device, batch, precision, threads.
+        timer: Measures; default: the device's clock.
+        cache: Folder of the tables; default: ``latency_cache.cache_folder()``.
+
+    Attributes:
+        scale: Factor from the sum over the layers to a whole network, as ``latency_fit`` found it at the first one.
+
+    Raises:
+        BudgetError: The device is not there.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        unit_of_label: np.ndarray,
+        num_units: int,
+        input_shape: tuple[int, ...],
+        run: Deployment,
+        *,
+        timer: Timer | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        device = run.place()
+        self.run, self.device, self.input_shape = run, device, tuple(input_shape)
+        self.timer = DeviceTimer(device, run.threads) if timer is None else timer
+        self.channels_last = _is_channels_last(graph_module)
+        layout = "channels_last" if self.channels_last else "contiguous"
+        like = next(graph_module.parameters())
+        images = torch.empty((run.batch, *input_shape), dtype=like.dtype, device=like.device)
+        with _own_randomness(device):
+            found = operations(
+                graph_module, (images,), unit_of_label, device, run.dtype, self.channels_last
+            )
+            kept = LatencyCache(machine_key(run, self.input_shape, layout), cache)
+            tables = measured_tables(found, self.timer, kept)
+        self._sides = Sides(num_units, [u for op in found for u in (op.in_units, op.out_units)])
+        rows = {key: row for row, key in enumerate(tables)}
+        self._tables = list(tables.values())
+        row_of = np.array([rows[op.signature, op.grid()] for op in found])
+        self._layers = [np.flatnonzero(row_of == row) for row in range(len(self._tables))]
+        self.scale = 1.0
+
+    def evaluate(self, keep: np.ndarray) -> float:
+        """Predicted milliseconds of the network that keeps these units. ``keep``: [num_units], bool."""
+        widths = self._sides.widths(keep)[self._sides.index].reshape(-1, 2)
+        total = 0.0
+        for table, layers in zip(self._tables, self._layers, strict=True):
+            at = widths[layers]
+            total += float(table(at[:, 0], at[:, 1]).sum())
+        return self.scale * total
+
+    def measure(self, network: nn.Module) -> Timing:
+        """Milliseconds of a forward pass of a network, end to end, in eval mode. The network is not modified."""
+        return self.timer([self.task(network)], _TURNS)[0]
+
+    def task(self, network: nn.Module) -> Task:
+        """A copy of a network, ready to be timed as it will run."""
+        with _own_randomness(self.device), torch.no_grad():
+            replica = copy.deepcopy(network).to(self.device).eval()
+            dtype = next((p.dtype for p in replica.parameters()), torch.float32)
+            shape = (self.run.batch, *self.input_shape)
+            images = torch.randn(shape, device=self.device, dtype=dtype)
+            if self.channels_last and images.dim() == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
+            _settle(replica, images)
+            replica, images = replica.to(self.run.dtype), images.to(self.run.dtype)
+        return Task("network", (), lambda: replica(images), network)
+
+
+def _settle(network: nn.Module, images: torch.Tensor) -> None:
+    """Give batch norms the statistics of their input.
+
+    A fresh network whose statistics are not its own may let activations fade to subnormal numbers, which are slow.
+    """
+
+    def settle(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if module.running_mean is not None:
+            x = args[0].transpose(0, 1).flatten(1)  # [C, values]
+            module.running_mean.copy_(x.mean(dim=1))
+            module.running_var.copy_(x.var(dim=1, correction=0))
+
+    handles = [
+        m.register_forward_pre_hook(settle) for m in network.modules() if isinstance(m, BATCH_NORMS)
+    ]
+    network(images)
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def _is_channels_last(module: nn.Module) -> bool:
+    """Whether the model keeps its convolutions channels last."""
+    weights = [p for p in module.parameters() if p.dim() == 4 and p.size(1) > 1 and p.size(2) > 1]
+    return bool(weights) and all(
+        p.is_contiguous(memory_format=torch.channels_last) for p in weights
+    )

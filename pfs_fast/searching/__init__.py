@@ -1,0 +1,1 @@
+"""The search: options, loop, runners, checkpoints, and its result."""

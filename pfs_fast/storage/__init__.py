@@ -1,0 +1,1 @@
+"""Files: models, structures and exports, whole or absent, without pickle."""

@@ -1,0 +1,1 @@
+"""Training from scratch, and what every loop over batches needs."""
