@@ -7,8 +7,8 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
+from small_training import Net, assert_same, batches, fit, state_of
 from torch import Tensor, nn
-from training import Net, assert_same, batches, fit, state_of
 
 from pfs_fast.errors import ConfigError, LoaderError, ModelError
 from pfs_fast.training.batches import split_outputs

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from small_training import CPU, Net
 from torch import nn
-from training import CPU, Net
 
 from pfs_fast.errors import ConfigError
 from pfs_fast.training.recipes import autocast_dtype

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torchvision
-from test_torchvision_trace import NAMES, size_of
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+from torchvision_names import NAMES, size_of
 
 import pfs_fast as pfs
 

@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from small_training import CPU, Net, assert_same, batches, fit, state_of
 from torch import Tensor, nn
-from training import CPU, Net, assert_same, batches, fit, state_of
 
 from pfs_fast.errors import LoaderError, ModelError
 from pfs_fast.training.batches import LabelWatch

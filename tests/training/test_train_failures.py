@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
+from small_training import CPU, Net, assert_same, batches, fit, state_of
 from torch import Tensor
-from training import CPU, Net, assert_same, batches, fit, state_of
 
 from pfs_fast.errors import LoaderError, NonFiniteLossError
 from pfs_fast.training.train import TrainConfig, train

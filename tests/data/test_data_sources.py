@@ -376,7 +376,7 @@ def cifar10_test_part(tmp_path_factory) -> data.ImageSet:
     """The 10,000 test images: from PFS_FAST_CIFAR10, or from the image sheets beside the repository."""
     if os.environ.get("PFS_FAST_CIFAR10"):
         return data.cifar10().test
-    sheets = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10" / "sheets"
+    sheets = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10" / "sheets"
     if not sheets.is_dir():
         pytest.skip("no CIFAR-10: set PFS_FAST_CIFAR10 to an .npz file")
     image_module = pytest.importorskip("PIL.Image")

@@ -7,13 +7,12 @@ import re
 import pytest
 import torch
 import torchvision
-from torchvision.models import list_models
+from torchvision_names import NAMES, size_of
 from weightless import weightless
 
 from pfs_fast.budgets.cost import CostModel
 from pfs_fast.graph.analysis import analyse
 
-NAMES = list_models(module=torchvision.models)
 OUTPUT = "it is an output of the network"
 # Every channel that is not an output of the network is prunable.
 WHOLLY = re.compile(
@@ -39,17 +38,11 @@ PARTLY = {
     "vit_l_16": (24, "normalises over channels|not understood|fixed places|fixed size"),
     "vit_l_32": (24, "normalises over channels|not understood|fixed places|fixed size"),
 }
-# About the smallest images that they take; the blocks of MaxViT and the position tables of ViT stand for one size.
-SIZES = {"alexnet": 64, "inception_v3": 299, "maxvit_t": 224, "squeezenet1_0": 48, "squeezenet1_1": 48}  # fmt: skip
 
 
 def network(name: str) -> torch.nn.Module:
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     return weightless(torchvision.models.get_model, name, **options)
-
-
-def size_of(name: str) -> int:
-    return 224 if name.startswith("vit") else SIZES.get(name, 32)
 
 
 def test_all_eighty_are_here():
