@@ -36,7 +36,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cpu_isa", [] { return std::string(pfs::cpu_isa()); },
       "Instruction set of the CPU kernels in this process.");
-  pybind11::class_<pfs::cpu::KeptMemory>(m, "KeptMemory", "See pfs_fast/searching/kept_memory.py.")
+  pybind11::class_<pfs::cpu::KeptMemory>(
+      m, "KeptMemory", "See pfs_fast/searching/kept_memory.py.")
       .def(pybind11::init<>())
       .def("enter", &pfs::cpu::KeptMemory::enter)
       .def("exit", &pfs::cpu::KeptMemory::exit);
