@@ -177,7 +177,7 @@ def _search(model: nn.Module, images: torch.Tensor, share: float) -> pfs.SearchR
     with torch.no_grad():
         classes = model(images).shape[1]
     batches = [(torch.randn_like(images), torch.randint(classes, (2,))) for _ in range(2)]
-    config = pfs.SearchConfig(epochs=1, max_steps=2, scope="all", precision="fp32")
+    config = pfs.SearchConfig(epochs=1, max_steps=2, scope="all", ranking="gates", precision="fp32")
     return pfs.search(model, batches, share, config=config, progress=False)
 
 

@@ -23,7 +23,7 @@ _STATUS = {
 _HEADER = """# Coverage
 
 Which networks `pfs_fast` cuts, and how that was proved. Every network has random weights. It is traced, searched for two steps with
-`scope="all"` on random images, and slimmed to 50 % of its MACs, or to the first of 60, 70, 80, 90 % that its smallest structure
+`scope="all"` on random images, ranked by its gates, and slimmed to 50 % of its MACs, or to the first of 60, 70, 80, 90 % that its smallest structure
 allows. In float64, with random batch-norm statistics, the slim network is compared with the whole one whose dropped channels are
 set to 0; *error* is the largest difference of the outputs, relative to the largest output. MACs and parameters of the slim
 network are counted by `torch.utils.flop_counter` on the real module and must equal the prediction, or the row is a failure.

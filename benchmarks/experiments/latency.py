@@ -42,7 +42,7 @@ def result_of(name: str, scope: str) -> tuple[pfs.SearchResult, nn.Module]:
         died_at.int(),
         pfs.Budget(0.5),
         (whole.macs, whole.params),
-        pfs.SearchConfig(scope=scope),
+        pfs.SearchConfig(scope=scope, ranking="gates"),
         model=model,
         input_shape=(3, 224, 224),
     )

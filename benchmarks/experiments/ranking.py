@@ -33,7 +33,13 @@ from pfs_fast.storage.files import write_text_atomic
 
 NETWORKS = {"resnet20": ("resnet20", 1.0), "vgg16-0.25": ("vgg16", 0.25)}
 # Short trainings scatter: an annealed rate and averaged weights take a good part of it away.
-RECIPE = {"lr": 0.05, "schedule": "cosine", "ema": 0.998}
+RECIPE = {
+    "lr": 0.1,
+    "nesterov": True,
+    "weight_decay": 5e-4,
+    "schedule": "cosine",
+    "ema": 0.998,
+}
 RATES = 25  # learning rates of a training
 SEARCH_BATCH = 128  # images
 WATCHED_STEPS = 50  # steps at either end whose gradients are averaged

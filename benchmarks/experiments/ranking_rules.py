@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pfs_fast.budgets.cost import CostModel
+from pfs_fast.budgets.ranking import Ranking
 from pfs_fast.graph.groups import ChannelGroups
 
 
@@ -67,6 +68,11 @@ def _places(order: np.ndarray) -> np.ndarray:
 
 def _uniform(m: Measured) -> np.ndarray:
     return m.within_groups(m.order_of_gates())
+
+
+def _by_shares(name: str) -> Callable[[Measured], np.ndarray]:
+    """A ranking of the library that gives every group a share."""
+    return lambda m: Ranking(CostModel(m.groups), name).scores(m.gates, m.died_at)[0]
 
 
 def _random(draw: int) -> Callable[[Measured], np.ndarray]:
@@ -159,6 +165,7 @@ RULES: dict[str, Callable[[Measured], np.ndarray]] = {
     "uniform": _uniform,
     **{f"random-{draw}": _random(draw) for draw in range(5)},
     "gate": lambda m: m.order_of_gates(),  # the paper's rule
+    "layerwise": _by_shares("layerwise"),
     "gate/macs^0.5": _gate_per_macs(0.5),
     "gate/macs": _gate_per_macs(1.0),
     "value": _value_per_macs(0.0),

@@ -12,12 +12,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..errors import InfeasibleBudgetError, StructureError
+from ..errors import InfeasibleBudgetError
 from ..graph.groups import ChannelGroups
 from .bounds import unit_bounds
 from .budget import Budget, Limits, Widths
 from .cost import CostModel
 from .limit_check import show
+from .ranking import rank
 
 _ALWAYS = -1  # entry step of units that every structure keeps
 
@@ -36,41 +37,6 @@ class ParetoPoint(NamedTuple):
     macs: int
     params: int
     keep: np.ndarray
-
-
-def rank(groups: ChannelGroups, gates: np.ndarray, died_at: np.ndarray) -> np.ndarray:
-    """Units in the order in which they enter a structure, best first.
-
-    Larger gates first. Gates at exactly 0 tie: those that died later come first (never died: latest of all), then lower
-    indices.
-
-    Args:
-        groups: Channel groups of the model.
-        gates: Gate of every unit, in [0, inf). [num_units], float.
-        died_at: Step at which the gate reached 0, -1 where it never did. [num_units], int.
-
-    Returns:
-        np.ndarray: A permutation of the units. [num_units], int64.
-
-    Raises:
-        StructureError: For a wrong shape, or gates that are negative or not finite.
-    """
-    gates, died_at = np.asarray(gates), np.asarray(died_at)
-    for name, values in (("gates", gates), ("died_at", died_at)):
-        if values.shape != (groups.num_units,):
-            raise StructureError(
-                f"solve: {name} must have shape [{groups.num_units}], got {list(values.shape)}; pass one for each unit"
-            )
-    bad = ~(np.isfinite(gates) & (gates >= 0))
-    if bad.any():
-        unit = int(np.flatnonzero(bad)[0])
-        raise StructureError(
-            f"solve: gates must be finite and at least 0, got {gates[unit]} for unit {unit}"
-        )
-    latest = np.iinfo(np.int64).max
-    death = np.where(died_at < 0, latest, died_at.astype(np.int64))
-    death[gates > 0] = 0  # only the dead tie by their step
-    return np.lexsort((-death, -gates.astype(np.float64)))  # stable, so the index decides last
 
 
 class Gauge(Protocol):

@@ -16,6 +16,7 @@ import torch
 import pfs_fast
 
 from ..budgets.budget import Budget
+from ..budgets.ranking import RANKINGS
 from ..gating.scope import SCOPES
 from ..searching.config import PRECISIONS, SearchConfig
 from ..searching.result import SearchResult
@@ -76,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SCOPES,
         default=defaults.scope,
         help="gates where the paper has them, or on all prunable groups (default: paper)",
+    )
+    parser.add_argument(
+        "--ranking",
+        choices=("auto", *RANKINGS),
+        default=defaults.ranking,
+        help="order in which channels enter: the largest gates of all, or shares of every group (default: auto = gates, with "
+        "--scope all layerwise)",
     )
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default=defaults.precision)
     parser.add_argument(
@@ -203,6 +211,7 @@ def _config(arguments: argparse.Namespace, source: DataSpec) -> SearchConfig:
         "gamma",
         "target",
         "scope",
+        "ranking",
         "precision",
         "backend",
         "select",

@@ -191,15 +191,6 @@ class Meters:
         return self._graph
 
 
-def even_gates(cost_model: CostModel) -> np.ndarray:
-    """Gates that narrow every part by the same share: the first channels of each come first. [num_units], float64."""
-    gates = np.zeros(cost_model.groups.num_units)
-    for part in cost_model.parts:
-        size = len(part.units)
-        gates[part.units] = 1 - (np.arange(size) + 0.5) / size
-    return gates
-
-
 def needs_model(budget: Budget) -> bool:
     """Whether a limit can be judged only with the model at hand."""
     return any(getattr(budget, name) is not None for name in _GAUGED)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..budgets.ranking import RANKINGS
 from ..errors import ConfigError
 
 PRECISIONS = {
@@ -39,6 +40,10 @@ class SearchConfig:
         target: r, the mean gate aimed at, in (0, 1]. None: the budget's share.
         gate_init: Value of every gate at the start, in (0, 1].
         scope: ``"paper"``: gates where the paper has them, residual streams whole. ``"all"``: every prunable group.
+        ranking: In which order channels enter the structure. ``"gates"``: the largest gates of the whole network first, the
+            paper's rule. ``"layerwise"``: every group a share of its channels by its place in the network, and within it the
+            largest gates. ``"uniform"``: every group the same share. ``"auto"``: ``"layerwise"`` with ``scope="all"``, where
+            it was measured (``docs/ranking.md``), else ``"gates"``.
         precision: Of convolutions and activations: ``"fp64"``, ``"fp32"``, ``"bf16"``, ``"fp16"``; ``"auto"``: bf16 where
             the device computes it natively, else fp32. Statistics and gates are float32 at least.
         backend: ``"fused"``: the compiled operators. ``"reference"``: plain PyTorch. ``"auto"``: fused; an error, not a
@@ -73,6 +78,7 @@ class SearchConfig:
     target: float | None = None
     gate_init: float = 1.0
     scope: str = "paper"
+    ranking: str = "auto"
     precision: str = "auto"
     backend: str = "auto"
     compact: bool = True
@@ -109,9 +115,17 @@ class SearchConfig:
                     f"SearchConfig: {name} must be True or False, got {getattr(self, name)!r}"
                 )
         _choice("scope", self.scope, ("paper", "all"))
+        _choice("ranking", self.ranking, ("auto", *RANKINGS))
         _choice("precision", self.precision, ("auto", *PRECISIONS))
         _choice("backend", self.backend, ("auto", "fused", "reference"))
         _choice("select", self.select, ("last", "best"))
+
+    @property
+    def ranks_by(self) -> str:
+        """``ranking`` with ``"auto"`` resolved."""
+        if self.ranking != "auto":
+            return self.ranking
+        return "layerwise" if self.scope == "all" else "gates"
 
     @classmethod
     def imagenet(cls, **changes: Any) -> SearchConfig:

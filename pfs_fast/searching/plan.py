@@ -15,6 +15,7 @@ from .. import _library, ops
 from ..budgets.bounds import without_ignored
 from ..budgets.budget import Budget, Limits
 from ..budgets.cost import CostModel, count
+from ..budgets.ranking import Ranking
 from ..errors import BackendError, BudgetError, ConfigError
 from ..gating.absorbing import absorbing_groups
 from ..gating.compaction import Compaction
@@ -25,7 +26,7 @@ from ..gating.scope import chosen_units, gate_sites, gated_groups
 from ..gating.widths import preferred_multiple, width_rules
 from ..graph.analysis import channel_graph
 from ..graph.groups import ChannelGroups
-from ..measuring.meters import Meters, even_gates
+from ..measuring.meters import Meters
 from ..ops import reference as reference_ops
 from .config import PRECISIONS, SearchConfig, compute_dtype
 from .loop import SearchLoop
@@ -100,7 +101,8 @@ def prepare(
     meters = Meters(groups, cost_model, model, tuple(images.shape[1:]), graph)
     # An infeasible budget is an error before any training. Every structure starts from the same floor.
     limits = meters.limits(budget, share_base)
-    evenly, _ = meters.choose(even_gates(cost_model), np.zeros(groups.num_units), limits)
+    alike = np.zeros(groups.num_units)
+    evenly, _ = meters.choose(*Ranking(cost_model, "uniform").scores(alike, alike), limits)
     meters.release()
     dtype = compute_dtype(config.precision, device)
     kernels = _kernels(config.backend, device)
@@ -133,7 +135,13 @@ def prepare(
     watch = None
     if config.patience is not None:
         watch = StabilityWatch(
-            groups, limits, cost_model, config.patience, config.tolerance, meters.gauges(limits)
+            groups,
+            limits,
+            cost_model,
+            config.patience,
+            config.tolerance,
+            meters.gauges(limits),
+            config.ranks_by,
         )
     loop = SearchLoop(network, bank, config, kernels, dtype, compaction, watch)
     return Plan(model, groups, budget, share_base, config, loop, tuple(images.shape[1:]), meters)

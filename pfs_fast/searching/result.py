@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from ..budgets import solver
 from ..budgets.budget import Budget
 from ..budgets.cost import CostModel
+from ..budgets.ranking import RANKINGS, Ranking
 from ..budgets.structure import Structure
-from ..errors import FileFormatError, ModelError
+from ..errors import ConfigError, FileFormatError, ModelError
 from ..graph.groups import ChannelGroup, ChannelGroups, Layer
 from ..measuring.meters import Meters, needs_model
 from ..slimming.slim import slim as make_slim
 from ..storage.files import read_safetensors, write_safetensors
 from .config import SearchConfig
 
-FORMAT, VERSION = "pfs_fast.search", 2  # 1 knew fewer limits
+FORMAT, VERSION = "pfs_fast.search", 3  # 1 knew fewer limits, 2 a single ranking
 
 
 @dataclass(eq=False)  # tensors do not compare as a whole
@@ -57,6 +58,7 @@ class SearchResult:
         self._cost_model = CostModel(self.groups)
         self._structure: Structure | None = None
         self._meters: Meters | None = None
+        self._rankings: dict[str, Ranking] = {}
 
     @property
     def gates(self) -> dict[str, Tensor]:
@@ -80,22 +82,25 @@ class SearchResult:
             self._structure = self.structure_for(self.budget)
         return self._structure
 
-    def structure_for(self, budget: float | int | Budget) -> Structure:
+    def structure_for(
+        self, budget: float | int | Budget, *, ranking: str | None = None
+    ) -> Structure:
         """The largest structure within a budget, by the same gates.
 
         Args:
             budget: Share of the reference's MACs in (0, 1], number of MACs, or ``Budget``.
+            ranking: ``"gates"``, ``"layerwise"`` or ``"uniform"``, as in ``SearchConfig``. Default: that of the search.
 
         Raises:
+            ConfigError: Unknown ranking.
             BudgetError: Malformed, or for a device that is not there. InfeasibleBudgetError: Below the floor; prints the
                 feasible range.
             ModelError: A limit on activations or latency, of a result that was loaded without a model.
         """
         meters = self.meters
         limits = meters.limits(Budget.of(budget), self.reference)
-        gates, died_at = self._ranking()
-        keep, measured = meters.choose(gates, died_at, limits)
-        solver.warn_of_dead_groups(self.groups, gates, keep)
+        keep, measured = meters.choose(*self._scores(ranking), limits)
+        solver.warn_of_dead_groups(self.groups, self.flat_gates.numpy(), keep)
         checks = meters.checks(keep, limits, measured)
         return Structure.from_keep(self.groups, keep, self._cost_model, checks)
 
@@ -141,7 +146,7 @@ class SearchResult:
         """
         points = solver.pareto(
             self.groups,
-            *self._ranking(),
+            *self._scores(),
             shares,
             reference=self.reference,
             multiple_of=multiple_of,
@@ -209,8 +214,16 @@ class SearchResult:
             f"the gates by {order:.2%} (tolerance {self.config.tolerance:.2%})"
         )
 
-    def _ranking(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.flat_gates.numpy(), self.died_at.numpy()
+    def _scores(self, ranking: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """What the solver takes for gates and times of death. Both [G]."""
+        ranking = self.config.ranks_by if ranking is None else ranking
+        if ranking not in RANKINGS:
+            raise ConfigError(
+                f"SearchResult.structure_for: ranking must be one of {RANKINGS}, got {ranking!r}"
+            )
+        if ranking not in self._rankings:
+            self._rankings[ranking] = Ranking(self._cost_model, ranking)
+        return self._rankings[ranking].scores(self.flat_gates.numpy(), self.died_at.numpy())
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -297,7 +310,8 @@ class SearchResult:
                 tensors["died_at"],
                 Budget(**meta["budget"]),
                 (int(meta["reference"][0]), int(meta["reference"][1])),
-                SearchConfig(**meta["config"]),
+                # Before version 3 the gates were the only ranking.
+                SearchConfig(**{"ranking": "gates", **meta["config"]}),
                 meta["history"],
                 model,
                 None if meta["input_shape"] is None else tuple(meta["input_shape"]),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..budgets.budget import Limits
 from ..budgets.cost import CostModel
-from ..budgets.solver import Gauge, Sweep, rank
+from ..budgets.ranking import Ranking, rank
+from ..budgets.solver import Gauge, Sweep
 from ..graph.groups import ChannelGroups
 
 MIN_INTERVAL = 10
@@ -62,6 +63,7 @@ class StabilityWatch:
         patience: Steps over which nothing may change.
         tolerance: Largest ``Change.structure`` and ``Change.order`` that count as none.
         gauges: What predicts the limits that the cost model does not know. ``{cost: gauge}``.
+        ranking: In which order channels enter the structure.
 
     Attributes:
         every: Steps between two looks.
@@ -76,10 +78,12 @@ class StabilityWatch:
         patience: int,
         tolerance: float,
         gauges: Mapping[str, Gauge] | None = None,
+        ranking: str = "gates",
     ) -> None:
         self._gauges = gauges
         self._groups, self._limits, self._cost_model = groups, limits, cost_model
         self._patience, self._tolerance = patience, tolerance
+        self._ranking = Ranking(cost_model, ranking)
         self.every = max(MIN_INTERVAL, patience // LOOKS)
         self.last: Change | None = None
         self._steps: list[int] = []
@@ -122,9 +126,8 @@ class StabilityWatch:
         order = rank(self._groups, gates, died_at)
         position = np.empty(len(order), dtype=np.int32)
         position[order] = np.arange(len(order), dtype=np.int32)
-        sweep = Sweep.within(
-            self._groups, gates, died_at, self._limits, self._cost_model, self._gauges
-        )
+        ranked = self._ranking.scores(gates, died_at)
+        sweep = Sweep.within(self._groups, *ranked, self._limits, self._cost_model, self._gauges)
         return sweep.largest(self._limits), position
 
     # -- checkpoint ------------------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ from torch import nn
 import pfs_fast as pfs
 from pfs_fast.budgets.budget import Budget, Limits
 from pfs_fast.budgets.cost import CostModel
-from pfs_fast.budgets.solver import Sweep, rank
+from pfs_fast.budgets.ranking import Ranking, rank
+from pfs_fast.budgets.solver import Sweep
 from pfs_fast.errors import BudgetError, InfeasibleBudgetError
 from pfs_fast.graph.analysis import channel_graph
 from pfs_fast.graph.groups import ChannelGroups
 from pfs_fast.measuring.memory import ActivationModel, allocations
-from pfs_fast.measuring.meters import Meters, even_gates
+from pfs_fast.measuring.meters import Meters
 
 SHARES = st.floats(0.02, 1.0)
 
@@ -177,10 +178,12 @@ def test_share_of_activations_is_of_the_searched_network():
     assert 2 * half.peak_activation_bytes == limits.peak_activation_bytes
 
 
-def test_even_gates_narrow_every_part_alike():
+def test_uniform_ranking_narrows_every_part_alike():
     _, meters = network()
     limits = meters.limits(Budget(macs=0.5), meters.cost_model.base)
-    keep, _ = meters.choose(even_gates(meters.cost_model), np.zeros(37), limits)
+    alike = np.zeros(37)
+    uniform = Ranking(meters.cost_model, "uniform")
+    keep, _ = meters.choose(*uniform.scores(alike, alike), limits)
     shares = [keep[p.units].mean() for p in meters.cost_model.parts]
     assert max(shares) - min(shares) < 0.15
     assert all(keep[p.units[: keep[p.units].sum()]].all() for p in meters.cost_model.parts)

@@ -10,7 +10,8 @@ from structure_cases import chain, conv, fixed, group, plain_cost, random_gates,
 
 from pfs_fast.budgets.budget import Budget, Limits
 from pfs_fast.budgets.cost import CostModel
-from pfs_fast.budgets.solver import Sweep, pareto, rank, solve
+from pfs_fast.budgets.ranking import rank
+from pfs_fast.budgets.solver import Sweep, pareto, solve
 from pfs_fast.errors import InfeasibleBudgetError, StructureError
 from pfs_fast.graph.groups import ChannelGroups
 

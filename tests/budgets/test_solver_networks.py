@@ -9,7 +9,8 @@ import torch
 from pfs_fast import models
 from pfs_fast.budgets.budget import Budget
 from pfs_fast.budgets.cost import CostModel
-from pfs_fast.budgets.solver import rank, solve
+from pfs_fast.budgets.ranking import rank
+from pfs_fast.budgets.solver import solve
 from pfs_fast.graph.analysis import analyse
 
 TRIALS = 1000

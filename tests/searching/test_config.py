@@ -19,6 +19,7 @@ def test_config_defaults_are_the_papers_for_cifar():
     assert (config.epochs, config.max_steps, config.lr, config.gamma) == (10, None, 0.01, 0.5)
     assert (config.betas, config.eps, config.gate_init) == ((0.9, 0.999), 1e-8, 1.0)
     assert (config.target, config.scope, config.select) == (None, "paper", "last")
+    assert config.ranks_by == "gates"
 
 
 def test_config_imagenet_has_one_pass_and_a_weaker_pull():
@@ -26,6 +27,12 @@ def test_config_imagenet_has_one_pass_and_a_weaker_pull():
     assert SearchConfig.imagenet(gamma=0.1, scope="all") == SearchConfig(
         epochs=1, gamma=0.1, scope="all"
     )
+
+
+def test_ranking_follows_the_scope_unless_it_is_named():
+    assert SearchConfig(scope="all").ranks_by == "layerwise"
+    assert SearchConfig(scope="all", ranking="gates").ranks_by == "gates"
+    assert SearchConfig(ranking="uniform").ranks_by == "uniform"
 
 
 def test_config_is_frozen_and_comparable():

@@ -16,6 +16,7 @@ from torch import nn
 import pfs_fast as pfs
 from pfs_fast.errors import (
     BudgetError,
+    ConfigError,
     FileFormatError,
     FileWriteError,
     InfeasibleBudgetError,
@@ -79,6 +80,23 @@ def test_structure_keeps_the_largest_gates(result):
         kept[list(structure.kept[name])] = True
         if kept.any() and not kept.all():
             assert gate[torch.from_numpy(kept)].min() >= gate[torch.from_numpy(~kept)].max()
+
+
+def test_structure_of_another_ranking_spends_the_same_budget_otherwise(result):
+    by_gates, uniform = result.structure_for(0.4), result.structure_for(0.4, ranking="uniform")
+    assert result.structure_for(0.4, ranking="gates") == by_gates != uniform
+    shares = [
+        len(kept) / result.groups.groups[i].size for i, kept in enumerate(uniform.kept.values())
+    ]
+    assert max(shares) - min(shares) <= 1 / 3 + 1e-9  # a channel of the narrowest
+    for name, gate in result.gates.items():  # the same channels of a group come first
+        few, many = sorted((set(by_gates.kept[name]), set(uniform.kept[name])), key=len)
+        assert few <= many, gate
+
+
+def test_structure_for_refuses_an_unknown_ranking(result):
+    with pytest.raises(ConfigError, match=r"ranking must be one of .*'layerwise'.*, got 'best'"):
+        result.structure_for(0.5, ranking="best")
 
 
 def test_structure_for_refuses_bad_budgets(result):
@@ -164,7 +182,7 @@ def test_file_is_safetensors_with_json_and_no_code(path):
     assert {"gates", "died_at"} <= set(tensors)
     with safe_open(path, "pt") as file:
         metadata = json.loads(file.metadata()["pfs_fast"])
-    assert (metadata["format"], metadata["version"]) == ("pfs_fast.search", 2)
+    assert (metadata["format"], metadata["version"]) == ("pfs_fast.search", 3)
     assert metadata["config"]["lr"] == 0.1
 
 
@@ -189,8 +207,26 @@ def test_file_of_the_first_version_still_loads(result, path):
     assert loaded.structure == result.structure
 
 
+def test_file_of_before_the_rankings_is_cut_as_it_was_then(tmp_path):
+    torch.manual_seed(0)
+    config = pfs.SearchConfig(epochs=2, backend="reference", precision="fp64", scope="all", lr=0.1)
+    found = pfs.search(tiny(), batches(4), 0.5, config=config, progress=False)
+    assert found.structure == found.structure_for(0.5, ranking="layerwise")
+    path = tmp_path / "result.safetensors"
+    found.save(path)
+    assert pfs.SearchResult.load(path).structure == found.structure
+
+    def as_second_version(tensors, metadata):
+        metadata["version"] = 2
+        del metadata["config"]["ranking"]
+
+    rewrite(path, as_second_version)
+    loaded = pfs.SearchResult.load(path)
+    assert loaded.structure == found.structure_for(0.5, ranking="gates")
+
+
 HOSTILE = {
-    "newer version": (lambda t, m: m.update(version=3), "must be of version 2 or older, got .* of version 3; update pfs_fast"),
+    "newer version": (lambda t, m: m.update(version=4), "must be of version 3 or older, got .* of version 4; update pfs_fast"),
     "other format": (lambda t, m: m.update(format="pfs_fast.model"), "must be a file of format 'pfs_fast.search'"),
     "gates missing": (lambda t, m: t.pop("gates"), "KeyError: 'gates'"),
     "units missing": (lambda t, m: t.pop("layer.0.out_units"), "must hold a whole search result"),
