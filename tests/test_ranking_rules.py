@@ -8,7 +8,7 @@ import torch
 from small_nets import cbr, head
 from torch import nn
 
-from benchmarks.experiments.ranking import structure
+from benchmarks.experiments.ranking import report, structure
 from benchmarks.experiments.ranking_rules import RULES, Measured, rule_of
 from pfs_fast.graph.analysis import analyse
 
@@ -88,3 +88,28 @@ def test_weights_are_the_shares(measured: Measured):
 def test_an_unknown_rule_is_none():
     with pytest.raises(KeyError):
         rule_of("share:params^1/macs^1")
+
+
+def test_report_averages_trainings_and_pairs_seeds():
+    def row(rule: str, seed: int, accuracy: float, repeat: int = 0) -> dict:
+        return {
+            "network": "net",
+            "share": 0.5,
+            "rule": rule,
+            "seed": seed,
+            "repeat": repeat,
+            "accuracy": accuracy,
+            "params": 10 * (seed + 1),
+            "images": 1000,
+        }
+
+    rows = [row("uniform", 0, 0.6), row("uniform", 1, 0.7), row("random-0", 0, 0.5)]
+    rows += [row("random-1", 0, 0.4), row("gate", 2, 0.1)]
+    rows += [row("layerwise", 0, 0.61), row("layerwise", 0, 0.65, 1), row("layerwise", 1, 0.71)]
+    table = report(rows).splitlines()[-4:]
+    assert table == [
+        "| layerwise | 67.00 | 2 | +2.00 | 1.41 | 2 | 13 |",
+        "| uniform | 65.00 | 2 | +0.00 | 0.00 | 2 | 15 |",
+        "| random | 45.00 | 2 | -15.00 | 7.07 | 2 | 10 |",
+        "| gate | 10.00 | 1 | - | - | 0 | 30 |",
+    ]

@@ -42,6 +42,7 @@ RECIPE = {
 }
 RATES = 25  # learning rates of a training
 SEARCH_BATCH = 128  # images
+REPEAT_SEEDS = 1000  # between the seeds of two trainings of one structure
 WATCHED_STEPS = 50  # steps at either end whose gradients are averaged
 
 
@@ -167,14 +168,17 @@ def structure(found: Measured, rule: str, share: float) -> Structure:
     return Structure.from_keep(found.groups, keep, model)
 
 
-def train_one(arguments: argparse.Namespace, name: str, seed: int, share: float, rule: str) -> dict:
+def train_one(
+    arguments: argparse.Namespace, name: str, seed: int, share: float, rule: str, repeat: int
+) -> dict:
+    own = seed + REPEAT_SEEDS * repeat  # of fresh weights and the order of images
     searched, _ = loaders(arguments.data, SEARCH_BATCH, seed)
-    train, test = loaders(arguments.data, arguments.batch, seed)
+    train, test = loaders(arguments.data, arguments.batch, own)
     found = measured(arguments.out, name, seed, searched, arguments.steps, arguments.target)
     cut = structure(found, rule, share)
-    slim = pfs.slim(network(name, seed), cut, seed=seed)
+    slim = pfs.slim(network(name, seed), cut, seed=own)
     started = time.perf_counter()
-    config = pfs.TrainConfig(epochs=RATES, seed=seed, **RECIPE)
+    config = pfs.TrainConfig(epochs=RATES, seed=own, **RECIPE)
     batches = arguments.images // (RATES * arguments.batch)
     pfs.train(fused(slim), Pieces(train, batches), config=config, progress=False)
     accuracy = pfs.evaluate(slim, test)
@@ -183,12 +187,14 @@ def train_one(arguments: argparse.Namespace, name: str, seed: int, share: float,
         "seed": seed,
         "share": share,
         "rule": rule,
+        "repeat": repeat,
         "accuracy": float(getattr(accuracy, "top1", accuracy)),
         "macs": cut.macs,
         "params": cut.params,
         "widths": [len(kept) for kept in cut.kept.values()],
         "images": batches * RATES * arguments.batch,
         "batch": arguments.batch,
+        "recipe": RECIPE,
         "steps": arguments.steps,
         "target": arguments.target,
         "seconds": round(time.perf_counter() - started, 1),
@@ -197,31 +203,41 @@ def train_one(arguments: argparse.Namespace, name: str, seed: int, share: float,
 
 
 def report(rows: list[dict]) -> str:
-    """Mean and spread over the seeds, best rule first; the random structures count as one rule."""
+    """Accuracy by rule, best first, and its difference to equal shares of the same seed; trainings of one structure are
+    averaged first, and the random structures count as one rule."""
     lines = []
-    cases = sorted({(r["network"], r["share"]) for r in rows})
-    for name, share in cases:
+    for name, share in sorted({(r["network"], r["share"]) for r in rows}):
         here = [r for r in rows if (r["network"], r["share"]) == (name, share)]
         lines += [
             "",
             f"**{name}, {share:.0%} of the MACs** ({here[0]['images']:,} images)",
             "",
-            "| rule | accuracy % | standard deviation | n | params |",
-            "|---|---|---|---|---|",
+            "| rule | accuracy % | n | to uniform | its standard deviation | n | params |",
+            "|---|---|---|---|---|---|---|",
         ]
-        by_rule: dict[str, list[dict]] = {}
+        by_rule: dict[str, dict[tuple[int, str], list[dict]]] = {}
         for row in here:
-            by_rule.setdefault(re.sub(r"^random-.*", "random", row["rule"]), []).append(row)
-        for rule, own in sorted(
-            by_rule.items(), key=lambda item: -np.mean([r["accuracy"] for r in item[1]])
+            title = re.sub(r"^random-.*", "random", row["rule"])
+            by_rule.setdefault(title, {}).setdefault((row["seed"], row["rule"]), []).append(row)
+        even = {seed: _accuracy(own) for (seed, _), own in by_rule.get("uniform", {}).items()}
+        for title, structures in sorted(
+            by_rule.items(), key=lambda item: -np.mean([_accuracy(own) for own in item[1].values()])
         ):
-            accuracy = 100 * np.array([r["accuracy"] for r in own])
-            spread = f"{accuracy.std(ddof=1):.2f}" if len(own) > 1 else "-"
-            params = np.mean([r["params"] for r in own])
+            found = {key: _accuracy(own) for key, own in structures.items()}
+            gains = [value - even[seed] for (seed, _), value in found.items() if seed in even]
+            gain = f"{np.mean(gains):+.2f}" if gains else "-"
+            spread = f"{np.std(gains, ddof=1):.2f}" if len(gains) > 1 else "-"
+            params = np.mean([row["params"] for own in structures.values() for row in own])
             lines.append(
-                f"| {rule} | {accuracy.mean():.2f} | {spread} | {len(own)} | {params:,.0f} |"
+                f"| {title} | {np.mean(list(found.values())):.2f} | {len(found)} | {gain} | {spread} | {len(gains)} | "
+                f"{params:,.0f} |"
             )
     return "\n".join(lines)
+
+
+def _accuracy(rows: list[dict]) -> float:
+    """Mean of the trainings of one structure, in %."""
+    return 100 * float(np.mean([row["accuracy"] for row in rows]))
 
 
 def rule_name(text: str) -> str:
@@ -248,6 +264,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000, help="steps of the search")
     parser.add_argument("--target", type=float, default=0.5, help="share of gates of the search")
     parser.add_argument("--images", type=int, default=250_000, help="images of each training")
+    parser.add_argument("--repeats", type=int, default=1, help="trainings of each structure")
     parser.add_argument("--batch", type=int, default=64, help="images of a training step")
     parser.add_argument("--worker", default="0/1", metavar="I/N", help="take every N-th training")
     parser.add_argument("--report", action="store_true", help="only print the table")
@@ -267,15 +284,17 @@ def main() -> None:
         index, workers = (int(part) for part in arguments.worker.split("/"))
         # Seed by seed, so that a broken-off experiment has whole seeds.
         cases = [
-            (name, seed, share, rule)
+            (name, seed, share, rule, repeat)
             for seed in arguments.seeds
             for name in arguments.network
             for share in arguments.shares
+            for repeat in range(arguments.repeats)
             for rule in arguments.rules
         ]
         for case in cases[index::workers]:
-            name, seed, share, rule = case
-            path = arguments.out / f"{name}-{seed}-{share}-{rule.replace('/', '_')}.json"
+            name, seed, share, rule, repeat = case
+            again = f"+{repeat}" if repeat else ""
+            path = arguments.out / f"{name}-{seed}-{share}-{rule.replace('/', '_')}{again}.json"
             if path.exists():
                 continue
             row = train_one(arguments, *case)

@@ -3,8 +3,7 @@
 Gates of different groups compare badly: the same gate means another loss in another place, the stream of a residual network collects
 what all its blocks gain, and a channel of an early layer costs many of a late one. Measured on CIFAR-10 (``docs/ranking.md``):
 
-- In a chain, which no sum bypasses, the root of a group's mean gate says how wide it should be: half of the way, in ratios, from equal
-  shares to as many channels as the gates add up to.
+- In a chain, which no sum bypasses, the mean gate of a group says how wide it should be.
 - Where the next layers work at a lower resolution (before a pool), every channel must carry more: more channels.
 - Where a residual sum bypasses a group, the network goes on without it. At the highest resolution such branches do little for
   their MACs: as few channels as the budget allows. Other branches, and the streams, get equal shares.
@@ -59,13 +58,13 @@ class LayerShares:
         self.factors, self.by_gates = factors[places], chain[places]
 
     def __call__(self, gates: np.ndarray) -> np.ndarray:
-        """Shares for the gates of a search: those of a chain about as large as the others. [parts], float64."""
+        """Shares for the gates of a search: those of a chain on average as large as the others. [parts], float64."""
         shares = self.factors.copy()
         means = np.array([gates[units].mean() for units in self._units], dtype=np.float64)
         if means[self.by_gates].any():
             own = means[self.by_gates]
             # A group that is dead keeps what it must, and is not held there for good.
-            shares[self.by_gates] *= np.maximum(np.sqrt(own / own.mean()), BYPASSED)
+            shares[self.by_gates] *= np.maximum(own / own.mean(), BYPASSED)
         return shares
 
 

@@ -156,7 +156,7 @@ def test_mean_gates_weigh_the_groups_of_a_chain():
     gates = np.repeat([0.2, 0.6, 0.0, 0.4], [group.size for group in model.groups.groups])
     shares = LayerShares(model)
     assert shares.by_gates.all()
-    expected = np.sqrt(np.array([0.2, 0.6, 0.3 * BYPASSED**2, 0.4]) / 0.3)  # of the mean
+    expected = np.array([0.2, 0.6, 0.3 * BYPASSED, 0.4]) / 0.3  # of the mean
     assert np.allclose(shares(gates), shares.factors * expected)
     assert (shares(np.zeros_like(gates)) == shares.factors).all()
 
