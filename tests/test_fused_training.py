@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import pfs_fast as pfs
 from benchmarks.experiments.fused_training import fused
 from pfs_fast._library import is_loaded
+from pfs_fast.training.onednn import unsafe_weight_gradients
 
 pytestmark = pytest.mark.skipif(not is_loaded(), reason="needs the compiled operators")
 
@@ -45,6 +46,12 @@ def test_fused_network_in_float32_convolves_by_tiles():
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["pfs_fast::winograd_conv"] == 16
     torch.testing.assert_close(outputs, plain(images), rtol=1e-3, atol=1e-3)
+
+
+def test_fused_network_trains_in_channels_last():
+    network = pfs.models.get("resnet20", num_classes=10, expansion=0.25)
+    assert unsafe_weight_gradients(network)  # `train` would lay the plain one out as NCHW
+    assert unsafe_weight_gradients(fused(network)) == []
 
 
 def test_fused_network_refuses_other_activations():

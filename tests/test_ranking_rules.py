@@ -39,6 +39,12 @@ def test_rule_fills_the_budget(measured: Measured, rule: str):
     assert 0.35 < cut.macs_share <= 0.5
 
 
+def test_a_share_may_refer_to_another_network(measured: Measured):
+    whole = structure(measured, "uniform", 1.0)
+    cut = structure(measured, "uniform", 0.5, reference=(whole.macs // 2, whole.params // 2))
+    assert 0.15 * whole.macs < cut.macs <= 0.25 * whole.macs
+
+
 def test_uniform_keeps_the_same_share_everywhere(measured: Measured):
     shares = [width / size for width, size in zip(widths(measured, "uniform"), SIZES, strict=True)]
     assert max(shares) - min(shares) <= 1 / min(SIZES)

@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,36 @@ from pfs_fast.searching.loop import SearchLoop
 from pfs_fast.searching.plan import prepare
 from pfs_fast.storage.files import write_text_atomic
 
-NETWORKS = {"resnet20": ("resnet20", 1.0), "vgg16-0.25": ("vgg16", 0.25)}
+
+@dataclass(frozen=True)
+class Network:
+    """A network of ``pfs_fast.models``.
+
+    Attributes:
+        factory: Its name there.
+        width: Factor on the paper's widths of the network that shares of MACs refer to.
+        expansion: What it is widened by for the search, so that a layer may end wider than it was.
+    """
+
+    factory: str
+    width: float = 1.0
+    expansion: float = 1.0
+
+    def build(self) -> nn.Module:
+        return pfs.models.get(self.factory, num_classes=10, expansion=self.width * self.expansion)
+
+    def reference(self) -> tuple[int, int]:
+        """(MACs, parameters) that shares refer to."""
+        whole = pfs.models.get(self.factory, num_classes=10, expansion=self.width)
+        cost = pfs.count(whole, torch.zeros(1, 3, 32, 32))
+        return cost.macs, cost.params
+
+
+NETWORKS = {
+    "resnet20": Network("resnet20"),
+    "vgg16-0.25": Network("vgg16", 0.25),
+    "vgg16-0.25x1.25": Network("vgg16", 0.25, 1.25),
+}
 # Short trainings scatter: an annealed rate and averaged weights take a good part of it away.
 RECIPE = {
     "lr": 0.1,
@@ -48,8 +78,7 @@ WATCHED_STEPS = 50  # steps at either end whose gradients are averaged
 
 def network(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    factory, expansion = NETWORKS[name]
-    return pfs.models.get(factory, num_classes=10, expansion=expansion)
+    return NETWORKS[name].build()
 
 
 class Pieces:
@@ -159,10 +188,13 @@ def groups_of(name: str, seed: int) -> ChannelGroups:
     ).groups
 
 
-def structure(found: Measured, rule: str, share: float) -> Structure:
+def structure(
+    found: Measured, rule: str, share: float, reference: tuple[int, int] | None = None
+) -> Structure:
+    """What a rule keeps; ``reference``: (MACs, parameters) that the share refers to, by default the searched network's."""
     score = rule_of(rule)(found)
     model = CostModel(found.groups)
-    limits = pfs.Budget(share).resolve(model.base)
+    limits = pfs.Budget(share).resolve(reference or model.base)
     nobody_died = np.full(found.groups.num_units, -1)
     keep = solve(found.groups, score / score.max(), nobody_died, limits, model)
     return Structure.from_keep(found.groups, keep, model)
@@ -175,7 +207,7 @@ def train_one(
     searched, _ = loaders(arguments.data, SEARCH_BATCH, seed)
     train, test = loaders(arguments.data, arguments.batch, own)
     found = measured(arguments.out, name, seed, searched, arguments.steps, arguments.target)
-    cut = structure(found, rule, share)
+    cut = structure(found, rule, share, NETWORKS[name].reference())
     slim = pfs.slim(network(name, seed), cut, seed=own)
     started = time.perf_counter()
     config = pfs.TrainConfig(epochs=RATES, seed=own, **RECIPE)
