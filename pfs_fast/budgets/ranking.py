@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import StructureError
 from ..graph.groups import ChannelGroups
 from .cost import CostModel
-from .layerwise import LayerShares
+from .layerwise import layer_shares
 
 RANKINGS = ("gates", "layerwise", "uniform")
 
@@ -63,7 +63,8 @@ class Ranking:
     def __init__(self, cost_model: CostModel, name: str) -> None:
         self._groups, self._parts = cost_model.groups, cost_model.parts
         self._name = name
-        self._shares = LayerShares(cost_model) if name == "layerwise" else None
+        layerwise = name == "layerwise"
+        self._shares = layer_shares(cost_model) if layerwise else np.ones(len(self._parts))
 
     def scores(self, gates: np.ndarray, died_at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gates and times of death which `rank` puts into this order; for ``"gates"`` those given.
@@ -80,12 +81,11 @@ class Ranking:
         """
         if self._name == "gates":
             return gates, died_at
-        shares = np.ones(len(self._parts)) if self._shares is None else self._shares(gates)
         order = rank(self._groups, gates, died_at)
         position = np.empty_like(order)
         position[order] = np.arange(len(order))
         found = np.empty(len(order))
-        for part, share in zip(self._parts, shares, strict=True):
+        for part, share in zip(self._parts, self._shares, strict=True):
             size = len(part.units)
             best_first = part.units[np.argsort(position[part.units])]
             found[best_first] = 1.0 / (1.0 + (np.arange(size) + 0.5) / (size * share))

@@ -41,9 +41,9 @@ class SearchConfig:
         gate_init: Value of every gate at the start, in (0, 1].
         scope: ``"paper"``: gates where the paper has them, residual streams whole. ``"all"``: every prunable group.
         ranking: In which order channels enter the structure. ``"gates"``: the largest gates of the whole network first, the
-            paper's rule. ``"layerwise"``: every group a share of its channels by its place in the network, and within it the
-            largest gates. ``"uniform"``: every group the same share. ``"auto"``: ``"layerwise"`` with ``scope="all"``, where
-            it was measured (``docs/ranking.md``), else ``"gates"``.
+            paper's rule. ``"layerwise"``: every group a share of its channels by its place in the network and its cost, and
+            within it the largest gates. ``"uniform"``: every group the same share. ``"auto"``: ``"layerwise"`` with
+            ``scope="all"``, where it was measured (``docs/ranking.md``), else ``"gates"``.
         precision: Of convolutions and activations: ``"fp64"``, ``"fp32"``, ``"bf16"``, ``"fp16"``; ``"auto"``: bf16 where
             the device computes it natively, else fp32. Statistics and gates are float32 at least.
         backend: ``"fused"``: the compiled operators. ``"reference"``: plain PyTorch. ``"auto"``: fused; an error, not a

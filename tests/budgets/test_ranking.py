@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 import torchvision
-from small_nets import cbr, head
+from small_nets import Net, cbr, head
 from structure_cases import chain, random_gates, random_groups
 from torch import nn
 
 import pfs_fast as pfs
+from pfs_fast.budgets import layerwise
 from pfs_fast.budgets.cost import CostModel
 from pfs_fast.budgets.layerwise import (
     BEFORE_POOL,
     BYPASSED,
-    ELSEWHERE,
-    LayerShares,
+    MOST,
     bypassed_branches,
+    group_macs,
+    layer_shares,
 )
 from pfs_fast.budgets.ranking import Ranking, rank
 from pfs_fast.budgets.solver import Sweep
@@ -26,10 +30,17 @@ from pfs_fast.graph.analysis import analyse
 IMAGE = torch.zeros(1, 3, 16, 16)
 
 
-def factors_of(model: nn.Module, example: torch.Tensor = IMAGE) -> dict[str, float]:
+def shares_of(model: nn.Module, example: torch.Tensor = IMAGE) -> dict[str, float]:
     cost_model = CostModel(analyse(model, example))
-    factors = LayerShares(cost_model).factors
-    return {part.group.name: factor for part, factor in zip(cost_model.parts, factors, strict=True)}
+    shares = layer_shares(cost_model)
+    return {part.group.name: share for part, share in zip(cost_model.parts, shares, strict=True)}
+
+
+def of_torchvision(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A network without storage, and an image."""
+    options = {"init_weights": False} if name == "googlenet" else {}
+    with torch.device("meta"):
+        return torchvision.models.get_model(name, **options), torch.zeros(1, 3, 64, 64)
 
 
 def test_gates_are_ranked_as_they_are():
@@ -55,7 +66,7 @@ def test_shares_leave_the_order_within_a_part_to_the_gates(name, seed):
 def test_parts_keep_channels_in_proportion_to_their_shares(name):
     model = CostModel(analyse(pooled(), IMAGE))
     gates = np.random.default_rng(0).random(model.groups.num_units)
-    shares = LayerShares(model)(gates) if name == "layerwise" else np.ones(len(model.parts))
+    shares = layer_shares(model) if name == "layerwise" else np.ones(len(model.parts))
     sweep = Sweep(model.groups, *Ranking(model, name).scores(gates, np.full(gates.shape, -1)))
     for steps in range(8, sweep.num_steps // 2, 5):
         keep = sweep.keep(steps)
@@ -81,17 +92,80 @@ def pooled() -> nn.Module:
     )
 
 
-def test_groups_read_at_a_lower_resolution_get_more():
-    shares = list(factors_of(pooled()).values())
-    assert shares == [ELSEWHERE, BEFORE_POOL, BEFORE_POOL, BEFORE_POOL]
+@pytest.fixture
+def place_alone(monkeypatch):
+    """Shares by what reads a group, whatever its maps and costs."""
+    monkeypatch.setattr(layerwise, "PIXELS_POWER", 0.0)
+    monkeypatch.setattr(layerwise, "MACS_POWER", 0.0)
 
 
-def test_a_depthwise_stride_is_within_a_group():
+def test_groups_read_at_a_lower_resolution_get_more(place_alone):
+    shares = list(shares_of(pooled()).values())
+    assert shares == [1.0, BEFORE_POOL, BEFORE_POOL, BEFORE_POOL]
+
+
+def test_a_depthwise_stride_is_within_a_group(place_alone):
     model = nn.Sequential(
         cbr(3, 8), cbr(8, 8, stride=2, groups=8), cbr(8, 8, 1), cbr(8, 8), head(8)
     )
-    shares = list(factors_of(model).values())
-    assert shares == [ELSEWHERE, ELSEWHERE, BEFORE_POOL]
+    shares = list(shares_of(model).values())
+    assert shares == [1.0, 1.0, BEFORE_POOL]
+
+
+def test_shares_of_a_chain_go_by_its_maps_and_its_costs():
+    shares = np.array(list(shares_of(pooled()).values()))
+    sides = np.array([16, 16, 8, 4])
+    convs = [3 * 16 * 9 * 256, 16 * 16 * 9 * 256, 16 * 32 * 9 * 64, 32 * 32 * 9 * 16]
+    classifier = 32 * 4
+    macs = np.array([a + b for a, b in zip(convs, [*convs[1:], classifier], strict=True)])
+    expected = np.sqrt(sides / macs)
+    expected /= np.exp(np.average(np.log(expected[1:]), weights=macs[1:]))
+    expected[0] = 1.0  # what is made of the image is as the others on average
+    expected[1:] *= BEFORE_POOL
+    assert np.allclose(shares, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "efficientnet_b0", "densenet121"])
+def test_shares_of_a_chain_are_bounded_in_every_network(name):
+    model, image = of_torchvision(name)
+    shares = np.array(list(shares_of(model, image).values()))
+    assert ((shares == BYPASSED) | ((shares >= 1 / MOST) & (shares <= MOST * BEFORE_POOL))).all()
+
+
+def test_a_squeeze_that_costs_next_to_nothing_meets_the_bound():
+    model, image = of_torchvision("efficientnet_b0")
+    assert shares_of(model, image)["features.1.0.block.1.fc1"] == MOST
+
+
+def test_what_costs_nothing_is_as_the_others_on_average():
+    model, image = of_torchvision("googlenet")
+    shares = shares_of(model, image)  # eval mode: the auxiliary heads are not computed
+    assert shares["aux1.conv.conv"] == 1.0
+
+
+def two_groups_in_one_depthwise_layer() -> tuple[nn.Module, torch.Tensor]:
+    body = lambda m, x: m.mix(m.depthwise(torch.cat([m.a(x), m.b(x)], 1)))  # noqa: E731
+    mix = nn.Sequential(cbr(10, 4), head(4))
+    return Net(body, a=cbr(3, 4), b=cbr(3, 6), depthwise=cbr(10, 10, groups=10), mix=mix), IMAGE
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        two_groups_in_one_depthwise_layer,
+        *(
+            functools.partial(of_torchvision, name)
+            for name in ("vgg16_bn", "mobilenet_v2", "shufflenet_v2_x0_5", "densenet121")
+        ),
+    ],
+)
+def test_macs_of_a_group_are_those_that_the_network_loses_without_it(network):
+    cost_model = CostModel(analyse(*network()))
+    macs = group_macs(cost_model.groups)
+    for group, found in zip(cost_model.groups.groups, macs, strict=True):
+        keep = np.ones(cost_model.groups.num_units, dtype=bool)
+        keep[group.start : group.start + group.size] = False
+        assert np.isclose(found, cost_model.base[0] - cost_model.evaluate(keep)[0], rtol=1e-12)
 
 
 class Residual(nn.Module):
@@ -135,45 +209,20 @@ def test_nothing_bypasses_a_chain_or_a_concatenation():
 
 
 def test_only_branches_at_the_highest_resolution_get_little():
-    shares = factors_of(pfs.models.get("resnet20", num_classes=10), torch.zeros(1, 3, 32, 32))
+    shares = shares_of(pfs.models.get("resnet20", num_classes=10), torch.zeros(1, 3, 32, 32))
     assert {name for name, share in shares.items() if share == BYPASSED} == {
         f"layer1.{block}.conv1" for block in range(3)
     }
-    assert set(shares.values()) == {BYPASSED, ELSEWHERE}
+    assert set(shares.values()) == {BYPASSED, 1.0}
 
 
 def test_a_branch_is_of_the_resolution_at_which_it_joins_the_sum():
     with torch.device("meta"):
         model, image = torchvision.models.resnet50(), torch.zeros(1, 3, 64, 64)
-    shares = factors_of(model, image)
+    shares = shares_of(model, image)
     assert shares["layer1.2.conv2"] == BYPASSED
-    assert shares["layer2.0.conv1"] == ELSEWHERE  # strided later in the branch
+    assert shares["layer2.0.conv1"] == 1.0  # strided later in the branch
     assert shares["conv1"] == BEFORE_POOL
-
-
-def test_mean_gates_weigh_the_groups_of_a_chain():
-    model = CostModel(analyse(pooled(), IMAGE))
-    gates = np.repeat([0.2, 0.6, 0.0, 0.4], [group.size for group in model.groups.groups])
-    shares = LayerShares(model)
-    assert shares.by_gates.all()
-    expected = np.array([0.2, 0.6, 0.3 * BYPASSED, 0.4]) / 0.3  # of the mean
-    assert np.allclose(shares(gates), shares.factors * expected)
-    assert (shares(np.zeros_like(gates)) == shares.factors).all()
-
-
-def test_gates_of_streams_and_branches_do_not_weigh():
-    model = CostModel(analyse(Residual(True), IMAGE))
-    shares = LayerShares(model)
-    names = [part.group.name for part in model.parts]
-    assert dict(zip(names, shares.by_gates, strict=True)) == {
-        "stem.0": False,
-        "a.0.0": False,
-        "a.1.0": False,
-        "b.0.0": False,
-        "head.0.0": True,
-    }
-    gates = np.random.default_rng(0).random(model.groups.num_units)
-    assert (shares(gates)[:-1] == shares.factors[:-1]).all()
 
 
 class Unread(Residual):
@@ -186,5 +235,5 @@ class Unread(Residual):
 
 
 def test_a_branch_that_nobody_reads_does_not_count_as_one_at_the_highest_resolution():
-    factors = factors_of(Unread(True))
-    assert (factors["a.0.0"], factors["b.0.0"]) == (ELSEWHERE, BYPASSED)
+    shares = shares_of(Unread(True))
+    assert (shares["a.0.0"], shares["b.0.0"]) == (1.0, BYPASSED)
