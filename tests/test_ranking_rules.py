@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from small_nets import cbr, head
 from torch import nn
 
-from benchmarks.experiments.ranking import report, structure
+from benchmarks.experiments.ranking import RECIPE, known_rows, report, structure
 from benchmarks.experiments.ranking_rules import RULES, Measured, rule_of
 from pfs_fast.graph.analysis import analyse
 
@@ -119,3 +121,18 @@ def test_report_averages_trainings_and_pairs_seeds():
         "| random | 45.00 | 2 | -15.00 | 7.07 | 2 | 10 |",
         "| gate | 10.00 | 1 | - | - | 0 | 30 |",
     ]
+
+
+def test_known_trainings_are_those_of_this_recipe_and_length(tmp_path):
+    row = {"network": "resnet20", "seed": 3, "share": 0.5, "rule": "gate", "images": 120_000}
+    rows = [
+        row | {"recipe": RECIPE, "repeat": 1},
+        row | {"recipe": {"lr": RECIPE["lr"]}},  # an older row, which does not say all
+        row | {"recipe": RECIPE | {"lr": 0.05}, "seed": 4},
+        row | {"seed": 5},
+        row | {"recipe": RECIPE, "seed": 6, "images": 60_000},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    known = known_rows(file, 120_500, 64)
+    assert list(known) == [("resnet20", 3, 0.5, "gate", repeat) for repeat in (1, 0)]

@@ -1,8 +1,9 @@
 """Which channels deserve the budget? Cuts one search by several rules to equal MACs, and trains what each rule leaves.
 
 Run: ``python -m benchmarks.experiments.ranking --data cifar10.npz --network resnet20 --out runs/ranking``. Every search and every
-training is written when it ends, and skipped when the command is given again; ``--worker 0/2`` and ``--worker 1/2`` share
-the trainings between two processes. ``--report`` prints the table of what is there.
+training is written when it ends, and skipped when the command is given again; ``--known FILE.jsonl`` skips those of an earlier
+experiment, too. ``--worker 0/2`` and ``--worker 1/2`` share the trainings between two processes. ``--report`` prints the table of
+what is there.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def train_one(
         "macs": cut.macs,
         "params": cut.params,
         "widths": [len(kept) for kept in cut.kept.values()],
-        "images": batches * RATES * arguments.batch,
+        "images": trained_images(arguments.images, arguments.batch),
         "batch": arguments.batch,
         "recipe": RECIPE,
         "steps": arguments.steps,
@@ -232,6 +233,29 @@ def train_one(
         "seconds": round(time.perf_counter() - started, 1),
         "torch": torch.__version__,
     }
+
+
+def known_rows(path: Path, images: int, batch: int) -> dict[tuple, dict]:
+    """Trainings of an earlier experiment of as many images with this recipe, by `case_of`."""
+    rows = [{"repeat": 0, **json.loads(line)} for line in path.read_text().splitlines()]
+    return {
+        case_of(row): row
+        for row in rows
+        # A row without a recipe is of one that nobody noted.
+        if row["images"] == trained_images(images, batch)
+        and "recipe" in row
+        and row["recipe"].items() <= RECIPE.items()
+    }
+
+
+def case_of(row: dict) -> tuple:
+    """What a row is a training of."""
+    return tuple(row[key] for key in ("network", "seed", "share", "rule", "repeat"))
+
+
+def trained_images(images: int, batch: int) -> int:
+    """Images of a training of whole batches, as many at each learning rate."""
+    return images // (RATES * batch) * RATES * batch
 
 
 def report(rows: list[dict]) -> str:
@@ -299,6 +323,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="trainings of each structure")
     parser.add_argument("--batch", type=int, default=64, help="images of a training step")
     parser.add_argument("--worker", default="0/1", metavar="I/N", help="take every N-th training")
+    parser.add_argument("--known", type=Path, help="rows of an earlier experiment, a .jsonl file")
     parser.add_argument("--report", action="store_true", help="only print the table")
     chosen = parser.parse_args()
     if chosen.data is None and not chosen.report:
@@ -312,6 +337,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    known = {}
+    if arguments.known is not None:
+        known = known_rows(arguments.known, arguments.images, arguments.batch)
     if not arguments.report:
         index, workers = (int(part) for part in arguments.worker.split("/"))
         # Seed by seed, so that a broken-off experiment has whole seeds.
@@ -327,13 +355,13 @@ def main() -> None:
             name, seed, share, rule, repeat = case
             again = f"+{repeat}" if repeat else ""
             path = arguments.out / f"{name}-{seed}-{share}-{rule.replace('/', '_')}{again}.json"
-            if path.exists():
+            if path.exists() or case in known:
                 continue
             row = train_one(arguments, *case)
             write_text_atomic(path, json.dumps(row), caller="ranking")
             print(f"{row['accuracy']:.4f} {case} {row['widths']} {row['seconds']} s", flush=True)
     rows = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*.json"))]
-    print(report(rows))
+    print(report(list((known | {case_of(row): row for row in rows}).values())))
 
 
 if __name__ == "__main__":
