@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
         help="finished parts of long suites; default: DIR/parts",
     )
     add(
+        "--finished-only",
+        action="store_true",
+        help="suite agreement: tables of the finished parts, nothing is computed",
+    )
+    add(
         "--data",
         nargs="+",
         default=["random"],
@@ -81,6 +86,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             made.error(f"argument --{option.replace('_', '-')} must be at least 1, got {value}")
     if chosen.target is not None and not all(0 < target <= 1 for target in chosen.target):
         made.error(f"argument --target must be in (0, 1], got {chosen.target}")
+    if chosen.finished_only and chosen.suite != ["agreement"]:
+        made.error(f"argument --finished-only must come with --suite agreement, got {chosen.suite}")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         made.error("argument --device must be there, got cuda without a CUDA device; use cpu")
     return chosen
@@ -119,6 +126,7 @@ def settings_of(chosen: argparse.Namespace) -> Settings:
         ceilings=Ceilings.measure(device, dict.fromkeys(("fp32", native))),
         machine=Machine.here(device),
         parts=chosen.out / "parts" if chosen.parts is None else chosen.parts,
+        finished_only=chosen.finished_only,
     )
 
 

@@ -161,6 +161,7 @@ class Settings:
         ceilings: Of this machine, measured in this run.
         machine: The record of it.
         parts: Folder of the finished parts of long suites.
+        finished_only: Whether the suite agreement makes its tables of these parts alone.
     """
 
     device: torch.device
@@ -172,6 +173,7 @@ class Settings:
     ceilings: Ceilings
     machine: Machine
     parts: Path
+    finished_only: bool = False
 
     def chosen(self, default: tuple[str, ...] = tuple(NETWORKS)) -> tuple[str, ...]:
         """Names of the networks of a suite."""

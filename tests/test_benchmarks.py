@@ -240,6 +240,8 @@ def test_command_line_parses():
         ("--target 1.5", "--target"),
         ("--suite steps", "--suite"),
         ("--network resnet18", "--network"),
+        ("--finished-only", "--finished-only"),
+        ("--suite agreement drift --finished-only", "--finished-only"),
     ],
 )
 def test_wrong_argument_is_named(line, message, capsys):
@@ -402,6 +404,19 @@ def test_plain_searches_that_round_differently_and_ours_are_compared(settings, n
         assert row["mean_difference"] < 3
     stored = json.loads((settings.parts / "agreement-resnet20-r0.2-plain-0.json").read_text())
     assert stored["result"]["precision"] == "fp32"
+
+
+def test_finished_searches_are_compared_and_no_other_is_computed(settings, monkeypatch):
+    monkeypatch.setattr(Settings, "native", "fp32")
+    agreement.measure("resnet20", settings)
+    more = replace(settings, profile=replace(settings.profile, seeds=2), finished_only=True)
+    (settings.parts / "agreement-resnet20-r0.2-plain-channels_last-0.json").unlink()
+    files = sorted(settings.parts.iterdir())
+    case = agreement.measure("resnet20", more)
+    assert [(row["first"], row["seed"]) for row in case.rows] == [("ours", 0)]
+    seeds = {line["pair"]: line["seeds"] for line in case.lines[agreement.TITLE]}
+    assert seeds == {"ours : plain": "0", "plain channels_last : plain": "-"}
+    assert sorted(settings.parts.iterdir()) == files
 
 
 def test_gates_drift_from_the_exact_ones_as_far_as_they_are_rounded(settings, monkeypatch):

@@ -17,7 +17,7 @@ import torch
 
 import pfs_fast as pfs
 from benchmarks.images import searchable, training_loader
-from benchmarks.parts import part
+from benchmarks.parts import finished, part
 from benchmarks.rounding import Kind, PlainRun, kinds
 from benchmarks.settings import NETWORKS, Settings
 from benchmarks.suites.search import BUDGET, EXPANSION, correlation, search_config
@@ -46,30 +46,34 @@ def measure(name: str, settings: Settings) -> Case:
     target = profile.targets[0]
     total = search_config(settings, profile.agreement_steps)[1]
     shared = {"network": name, "batch": profile.search_batch, "target": target, "steps": total}
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    found: dict[tuple[str, int], dict[str, Any] | None] = {}
     for seed in range(profile.seeds):
         for title, kind in kinds(settings.native).items():
             label = f"agreement-{name}-r{target:g}-{title.replace(' ', '-')}-{seed}"
+            key = {**shared, "seed": seed}
+            if settings.finished_only:
+                found[title, seed] = finished(settings, label, key)
+                continue
             unfinished = settings.parts / f"{label}-{total}.unfinished"
-            found[title, seed] = part(
-                settings,
-                label,
-                {**shared, "seed": seed},
-                _computation(name, kind, seed, target, settings, unfinished),
-            )
+            compute = _computation(name, kind, seed, target, settings, unfinished)
+            found[title, seed] = part(settings, label, key, compute)
             unfinished.unlink(missing_ok=True)
     rows, lines = [], []
     for first, second in pairs(settings.native):
-        line = {**shared, "pair": f"{first} : {second}", "seeds": profile.seeds}
+        seeds: list[int] = []
         columns: dict[str, list[float | None]] = {}
         for seed in range(profile.seeds):
             a, b = found[first, seed], found[second, seed]
+            if a is None or b is None:
+                continue
+            seeds.append(seed)
             compared = _compare(a, b)
             row = {**shared, "data": settings.data[0], "first": first, "second": second}
             row |= {"seed": seed, "precision": a["precision"], **compared}
             rows.append(row | {n: a[n] for n in ("measured_commit", "measured_date")})
             for key, value in compared.items():
                 columns.setdefault(key.replace("_", " "), []).append(value)
+        line = {**shared, "pair": f"{first} : {second}", "seeds": ", ".join(map(str, seeds)) or "-"}
         line |= {key: ", ".join(_short(v) for v in values) for key, values in columns.items()}
         lines.append(line)
     return Case(rows, {TITLE: lines})
