@@ -70,7 +70,7 @@ def _arguments() -> argparse.Namespace:
         "--minutes", type=float, default=1e9, help="start no network after this time"
     )
     parser.add_argument("--seconds", type=float, default=240, help="limit of one network")
-    parser.add_argument("--gib", type=float, default=12, help="address space of one network")
+    parser.add_argument("--gib", type=float, default=20, help="address space of one network")
     return parser.parse_intermixed_args()
 
 

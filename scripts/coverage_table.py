@@ -34,7 +34,7 @@ network are counted by `torch.utils.flop_counter` on the real module and must eq
 - Inputs are about the smallest that each network takes.
 
 ```sh
-python scripts/coverage.py run      # some hours; goes on where it was stopped
+python scripts/coverage.py run      # some twenty minutes; goes on where it was stopped
 python scripts/coverage.py table    # this file
 ```
 """
