@@ -61,7 +61,7 @@ def gated_groups(graph: ChannelGraph, model: nn.Module, scope: str) -> ChannelGr
     else:
         raise ConfigError(f"search: scope must be one of {SCOPES}, got {scope!r}")
     if not chosen.groups:
-        if not any(layer.kind != "bn" for layer in chosen.layers):
+        if not chosen.fixed:
             raise ModelError(
                 "search: model must have convolution or linear layers, got none that it calls"
             )

@@ -60,6 +60,8 @@ def channel_graph(
     constraints = propagation.constraints
     root = _components(constraints.num_labels, constraints.pairs + constraints.ties)
     unit_of_label, groups, fixed = _groups(constraints, root)
+    uncalled = ((n, why) for n, why in traced.uncalled.items() if n not in constraints.layers)
+    fixed = (*fixed, *uncalled)
     for index, graph_module in enumerate(traced.graphs):
         for node in graph_module.graph.nodes:  # stays with the node when the graph is rewritten
             node.meta["labelled"] = propagation.outputs.get((index, node.name))

@@ -47,6 +47,8 @@ class TracedModel:
         opaque: Modules that could not be traced and are one node each: name -> why. Their channels are held whole.
         shapes: Shapes of one image, one for each input, where the forward asked for sizes (``if height == 7``): the graphs
             hold for these alone. None: it did not ask.
+        uncalled: Layers whose weight the graphs read without calling them (weight standardisation): name -> why their channels
+            are held whole.
     """
 
     train: fx.GraphModule
@@ -55,6 +57,7 @@ class TracedModel:
     params: int
     opaque: dict[str, str] = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], ...] | None = None
+    uncalled: dict[str, str] = field(default_factory=dict)
 
     @property
     def graphs(self) -> tuple[fx.GraphModule, ...]:
@@ -229,7 +232,18 @@ def trace(
     }
     shapes = tuple(tuple(x.shape[1:]) for x in inputs) if assumed else None
     params = sum(p.numel() for p in model.parameters())
-    return TracedModel(train, eval_, macs, params, opaque, shapes)
+    return TracedModel(train, eval_, macs, params, opaque, shapes, _uncalled(graphs, replica))
+
+
+def _uncalled(graphs: list[fx.GraphModule], model: nn.Module) -> dict[str, str]:
+    modules = dict(model.named_modules())
+    read = (n.target for g in graphs for n in g.graph.nodes if n.op == "get_attr")
+    owners = (owner for owner, _, name in (t.rpartition(".") for t in read) if name == "weight")
+    return {
+        owner: f"the forward computes with its weight instead of calling it ({type(layer).__name__})"
+        for owner in owners
+        if isinstance(layer := modules.get(owner), (_ConvNd, nn.Linear))
+    }
 
 
 def _trace_modes(

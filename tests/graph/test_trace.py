@@ -99,6 +99,23 @@ def test_trace_keeps_subclasses_with_the_forward_of_their_base_as_layers():
     assert ("call_module", "1") not in ops
 
 
+def test_layers_whose_weight_is_used_without_calling_them_are_held_with_that_reason():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+    model = nn.Sequential(Standardised(3, 4, 1), nn.ReLU(), Standardised(4, 5, 1))
+    reason = "the forward computes with its weight instead of calling it (Standardised)"
+    assert analyse(model, IMAGE).fixed == (("0", reason), ("2", reason))
+    with pytest.raises(ModelError, match=r"  0: the forward computes with its weight.*\n  2: "):
+        pfs.search(model, [(IMAGE, torch.zeros(1, dtype=torch.int64))], 0.5)
+
+
+def test_layer_that_is_called_once_and_read_once_has_the_reason_of_its_channels():
+    model = Net(lambda m, x: m.fc(m.a(x) + m.a.weight.mean()), a=conv(3, 4), fc=head(4))
+    assert [name for name, _ in analyse(model, IMAGE).fixed].count("a") == 1
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()

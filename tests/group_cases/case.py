@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from small_nets import conv, head
 
 OUTPUT = "it is an output of the network"
+UNCALLED = "the forward computes with its weight instead of calling it"
 NOT_ZERO = "a dropped channel would not be 0 where layer"
 A, AB = ("a",), ("a", "b")
 two = dict(a=conv(3, 6), b=conv(3, 6), fc=head(6))

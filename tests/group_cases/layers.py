@@ -7,7 +7,7 @@ import torchvision
 from small_nets import Net, cbr, conv, head
 from torch import nn
 
-from .case import OUTPUT, A, Case
+from .case import OUTPUT, UNCALLED, A, Case
 
 CASES = {
     "depthwise": Case(
@@ -157,7 +157,7 @@ CASES = {
             fc=head(5),
         ),
         {},
-        {"a": "'conv2d' .* is not understood"},
+        {"a": "'conv2d' .* is not understood", "b": UNCALLED},
     ),
     "functional linear": Case(
         Net(

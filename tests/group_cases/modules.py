@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from small_nets import Net, cbr, conv, head
 from torch import nn
 
-from .case import AB, OUTPUT, A, Case
+from .case import AB, OUTPUT, UNCALLED, A, Case
 
 
 def hooked(*hooks) -> nn.Module:
@@ -109,7 +109,7 @@ CASES = {
             fc=head(5),
         ),
         {},
-        {"a": "'conv2d' .* is not understood"},
+        {"a": "'conv2d' .* is not understood", "b": UNCALLED},
     ),
     "batch norm with an activation": Case(
         nn.Sequential(conv(3, 6), NormAct(6), cbr(6, 5), head(5)),
