@@ -17,8 +17,8 @@ import numpy as np
 from ..graph.groups import FIXED, ChannelGroups, Layer
 from .cost import CostModel
 
-PIXELS_POWER = 0.25
-"""What the pixels of a group's map count in a chain: the square root of its side."""
+PIXELS_POWER = 3 / 16
+"""What the pixels of a group's map count in a chain: the side to the power of 3/8."""
 
 MACS_POWER = -0.5
 """What the MACs of a group count in a chain."""
@@ -26,7 +26,7 @@ MACS_POWER = -0.5
 MOST = 4.0
 """Times the average that a share in a chain may be, or a part of it: beyond lie squeezes of squeeze-and-excite, which cost next to nothing."""
 
-BEFORE_POOL = 2**0.5
+BEFORE_POOL = 2**0.75
 """Factor of a group whose channels are read at a lower resolution only."""
 
 BYPASSED = 1 / 64

@@ -118,7 +118,7 @@ def test_shares_of_a_chain_go_by_its_maps_and_its_costs():
     convs = [3 * 16 * 9 * 256, 16 * 16 * 9 * 256, 16 * 32 * 9 * 64, 32 * 32 * 9 * 16]
     classifier = 32 * 4
     macs = np.array([a + b for a, b in zip(convs, [*convs[1:], classifier], strict=True)])
-    expected = np.sqrt(sides / macs)
+    expected = sides**0.375 / np.sqrt(macs)
     expected /= np.exp(np.average(np.log(expected[1:]), weights=macs[1:]))
     expected[0] = 1.0  # what is made of the image is as the others on average
     expected[1:] *= BEFORE_POOL
