@@ -82,7 +82,10 @@ def check(network: Network) -> Record:
         _check(network, record)
     except Exception as error:  # whatever fails is what the table is for
         text = " ".join(str(error).split())
-        record.status, record.reason = "failed", f"{type(error).__name__}: {text}"[:600]
+        record.status, record.reason = (
+            "failed",
+            f"{type(error).__name__}: {_without_folders(text)}"[:600],
+        )
         if os.environ.get("COVERAGE_RAISE"):
             raise
     record.seconds = round(time.process_time() - start, 2)
@@ -145,6 +148,11 @@ def _describe(graph: ChannelGraph, record: Record) -> None:
     reasons = Counter(_without_numbers(reason) for _, reason in graph.groups.fixed)
     record.held = dict(reasons.most_common(8))
     record.norms = sorted(_norms(graph))
+
+
+def _without_folders(text: str) -> str:
+    """Files of a package by their place in it: where it is installed tells nothing."""
+    return re.sub(r"/\S*/site-packages/", "", text)
 
 
 def _without_numbers(reason: str) -> str:

@@ -59,6 +59,17 @@ def test_all_suites_are_listed_once():
     assert sum(n.suite == "torchvision" for n in every) == 80
 
 
+def test_errors_name_files_by_their_package(monkeypatch):
+    def check(*_):
+        raise ValueError(
+            "not traced (/opt/env/lib/python3.11/site-packages/timm/layers/x.py:3: if y:)"
+        )
+
+    monkeypatch.setattr(coverage_check, "_check", check)
+    record = coverage_check.check(network("resnet18", "torchvision"))
+    assert record.reason == "ValueError: not traced (timm/layers/x.py:3: if y:)"
+
+
 def test_failures_end_in_the_record():
     class Branch(nn.Module):
         def __init__(self) -> None:
