@@ -81,11 +81,8 @@ def check(network: Network) -> Record:
     try:
         _check(network, record)
     except Exception as error:  # whatever fails is what the table is for
-        text = " ".join(str(error).split())
-        record.status, record.reason = (
-            "failed",
-            f"{type(error).__name__}: {_without_folders(text)}"[:600],
-        )
+        text = _without_folders(" ".join(str(error).split()))
+        record.status, record.reason = "failed", f"{type(error).__name__}: {text}"[:600]
         if os.environ.get("COVERAGE_RAISE"):
             raise
     record.seconds = round(time.process_time() - start, 2)
