@@ -66,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="steps of a search, instead of the profile's")
     add("--baseline-steps", type=int, help="timed steps of each baseline of a search")
     add("--target", type=float, nargs="+", help="mean gates r of the searches")
-    add("--seeds", type=int, help="seeds of the suites agreement and drift")
+    add("--seeds", type=int, help="how many seeds of the suites agreement and drift")
+    add("--first-seed", type=int, default=0, metavar="S", help="the seeds are S, S + 1, ...")
     add("--rounds", type=int, help="rounds of a case, instead of the profile's")
     return made
 
@@ -84,6 +85,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(chosen, option)
         if value is not None and value < 1:
             made.error(f"argument --{option.replace('_', '-')} must be at least 1, got {value}")
+    if chosen.first_seed < 0:
+        made.error(f"argument --first-seed must be at least 0, got {chosen.first_seed}")
     if chosen.target is not None and not all(0 < target <= 1 for target in chosen.target):
         made.error(f"argument --target must be in (0, 1], got {chosen.target}")
     if chosen.finished_only and chosen.suite != ["agreement"]:
@@ -127,6 +130,7 @@ def settings_of(chosen: argparse.Namespace) -> Settings:
         machine=Machine.here(device),
         parts=chosen.out / "parts" if chosen.parts is None else chosen.parts,
         finished_only=chosen.finished_only,
+        first_seed=chosen.first_seed,
     )
 
 

@@ -53,7 +53,7 @@ class Profile:
         search_steps: Steps of a search; None: ten epochs.
         baseline_steps: Timed steps of each baseline that its time is extrapolated from.
         patience: Steps without a change after which a search with early stop ends.
-        seeds: Of the suites agreement and drift.
+        seeds: How many of the suites agreement and drift.
         agreement_networks: Networks of the suites agreement and drift.
         agreement_steps: Steps of the searches of the suite agreement; None: ten epochs.
         drift_steps: Steps of those of the suite drift.
@@ -162,6 +162,7 @@ class Settings:
         machine: The record of it.
         parts: Folder of the finished parts of long suites.
         finished_only: Whether the suite agreement makes its tables of these parts alone.
+        first_seed: Of the suites agreement and drift.
     """
 
     device: torch.device
@@ -174,6 +175,7 @@ class Settings:
     machine: Machine
     parts: Path
     finished_only: bool = False
+    first_seed: int = 0
 
     def chosen(self, default: tuple[str, ...] = tuple(NETWORKS)) -> tuple[str, ...]:
         """Names of the networks of a suite."""
@@ -182,6 +184,11 @@ class Settings:
     def batch(self, name: str) -> int:
         """Images of a batch of a single step."""
         return self.profile.batch if NETWORKS[name].size <= 64 else self.profile.large_batch
+
+    @property
+    def seeds(self) -> range:
+        """Those of the suites agreement and drift."""
+        return range(self.first_seed, self.first_seed + self.profile.seeds)
 
     @property
     def native(self) -> str:

@@ -238,6 +238,7 @@ def test_command_line_parses():
         ("--data moons", "--data"),
         ("--threads 0", "--threads"),
         ("--target 1.5", "--target"),
+        ("--first-seed -1", "--first-seed must be at least 0, got -1"),
         ("--suite steps", "--suite"),
         ("--network resnet18", "--network"),
         ("--finished-only", "--finished-only"),
@@ -417,6 +418,18 @@ def test_finished_searches_are_compared_and_no_other_is_computed(settings, monke
     seeds = {line["pair"]: line["seeds"] for line in case.lines[agreement.TITLE]}
     assert seeds == {"ours : plain": "0", "plain channels_last : plain": "-"}
     assert sorted(settings.parts.iterdir()) == files
+
+
+def test_seeds_measured_apart_meet_in_one_table(settings, monkeypatch):
+    monkeypatch.setattr(Settings, "native", "fp32")
+    for seed in (1, 2):
+        case = agreement.measure("resnet20", replace(settings, first_seed=seed))
+        assert [row["seed"] for row in case.rows] == [seed, seed]
+    both = replace(settings.profile, seeds=2)
+    case = agreement.measure(
+        "resnet20", replace(settings, profile=both, first_seed=1, finished_only=True)
+    )
+    assert [row["seed"] for row in case.rows] == [1, 2, 1, 2]
 
 
 def test_gates_drift_from_the_exact_ones_as_far_as_they_are_rounded(settings, monkeypatch):

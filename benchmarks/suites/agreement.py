@@ -47,7 +47,7 @@ def measure(name: str, settings: Settings) -> Case:
     total = search_config(settings, profile.agreement_steps)[1]
     shared = {"network": name, "batch": profile.search_batch, "target": target, "steps": total}
     found: dict[tuple[str, int], dict[str, Any] | None] = {}
-    for seed in range(profile.seeds):
+    for seed in settings.seeds:
         for title, kind in kinds(settings.native).items():
             label = f"agreement-{name}-r{target:g}-{title.replace(' ', '-')}-{seed}"
             key = {**shared, "seed": seed}
@@ -62,7 +62,7 @@ def measure(name: str, settings: Settings) -> Case:
     for first, second in pairs(settings.native):
         seeds: list[int] = []
         columns: dict[str, list[float | None]] = {}
-        for seed in range(profile.seeds):
+        for seed in settings.seeds:
             a, b = found[first, seed], found[second, seed]
             if a is None or b is None:
                 continue

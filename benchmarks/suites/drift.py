@@ -50,7 +50,7 @@ def measure(name: str, settings: Settings) -> Case:
         "ours fp64": Kind(True, "fp64"),
     }
     rows, lines = [], []
-    for seed in range(profile.seeds):
+    for seed in settings.seeds:
         found = {}
         for title, kind in {**exact, **kinds(settings.native)}.items():
             found[title] = part(
