@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+_THREADS_EACH = 8  # of a processor; far more than this cannot all be started
 _TENSOR_CORE_WIDTH = 8  # channels, for 16-bit operands and TF32 alike
 
 
@@ -27,7 +29,7 @@ class Deployment:
             CPU.
         batch: Images in one forward pass.
         precision: dtype of weights, images and activations: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"fp64"``.
-        threads: CPU threads; None: as many as PyTorch uses now.
+        threads: CPU threads; None: as many as PyTorch uses now. ``place_to_measure`` bounds them.
 
     Raises:
         BudgetError: For a value outside its range.
@@ -85,6 +87,23 @@ class Deployment:
             )
         return torch.device("cuda", index)
 
+    def place_to_measure(self) -> torch.device:
+        """The device, once it is certain that a network can be timed on it with so many threads.
+
+        A budget may be made or loaded on another machine than the one that measures, so it is here that threads are bounded.
+
+        Raises:
+            BudgetError: The device is not there, or this process may use too few processors.
+        """
+        device, processors = self.place(), _processors()
+        most = _THREADS_EACH * processors
+        if self.threads is not None and self.threads > most:
+            raise BudgetError(
+                f"Budget: threads must be at most {most}, {_THREADS_EACH} for each of the {processors} processors that this "
+                f"process may use, got {self.threads}; pass at most {most}, or leave it out"
+            )
+        return device
+
     def preferred_multiple(self) -> int:
         """Widths that the device computes best: 8 where tensor cores do the convolutions, else 1."""
         device = self.place()
@@ -93,6 +112,13 @@ class Deployment:
         capability = torch.cuda.get_device_capability(device)
         first = {"fp16": (7, 0), "bf16": (8, 0), "fp32": (8, 0), "fp64": (99, 0)}[self.precision]
         return _TENSOR_CORE_WIDTH if capability >= first else 1
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _parsed(device: object) -> torch.device:

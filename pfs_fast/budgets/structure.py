@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import FileFormatError, StructureError
 from ..graph.groups import ChannelGroups
 from .cost import CostModel
-from .limit_check import LimitCheck, limit_table, read_checks
+from .limit_check import LimitCheck, limit_notes, limit_table, read_checks
 
 FORMAT = "pfs_fast.structure"
 VERSION = 2  # 1 had no limits
@@ -173,7 +173,9 @@ class Structure:
         )
         text = aligned(rows)
         if self.limits:
-            text += "\n\n" + aligned(limit_table(self.limits))
+            text += "\n\n" + "\n".join(
+                [aligned(limit_table(self.limits)), *limit_notes(self.limits)]
+            )
         return text
 
 
