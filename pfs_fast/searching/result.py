@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._ambient import own_settings
 from ..budgets import solver
 from ..budgets.budget import Budget
 from ..budgets.cost import CostModel
@@ -82,6 +83,7 @@ class SearchResult:
             self._structure = self.structure_for(self.budget)
         return self._structure
 
+    @own_settings()
     def structure_for(
         self, budget: float | int | Budget, *, ranking: str | None = None
     ) -> Structure:
@@ -111,6 +113,7 @@ class SearchResult:
             self._meters = Meters(self.groups, self._cost_model, self.model, self.input_shape)
         return self._meters
 
+    @own_settings()
     def measured(self, budget: float | int | Budget | None = None) -> Structure:
         """The structure for a budget, with every limit found anew on its slim network: counted, walked, timed.
 
@@ -155,6 +158,7 @@ class SearchResult:
         )
         return [Structure.from_keep(self.groups, point.keep, self._cost_model) for point in points]
 
+    @own_settings()
     def slim(
         self,
         budget: float | int | Budget | None = None,
@@ -227,6 +231,7 @@ class SearchResult:
 
     # -- files -----------------------------------------------------------------------------------------------------
 
+    @own_settings()
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything but the model to one safetensors file, whole or not at all.
 
@@ -263,6 +268,7 @@ class SearchResult:
         return tensors, metadata
 
     @classmethod
+    @own_settings()
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> SearchResult:
         """Read a file of ``save``.
 
