@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from .._ambient import random_numbers, turn
 from ..budgets.deployment import Deployment
 from ..graph.narrow import BATCH_NORMS
 from ..graph.sides import Sides
@@ -130,8 +131,7 @@ def _settle(network: nn.Module, images: torch.Tensor) -> None:
 
 @contextmanager
 def _own_randomness(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with turn("structure_for"), random_numbers(0, [device]):
         yield
 
 
