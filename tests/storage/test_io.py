@@ -280,7 +280,7 @@ WRONG_FILES = {
                 "layers": {"conv": {"kind": "conv", "in": "x"}},
             }
         ),
-        "'conv' has no valid widths in the file",
+        "in which 'conv' has no valid widths",
     ),
 }
 
