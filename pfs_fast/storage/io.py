@@ -225,7 +225,8 @@ def _fill(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, 
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in tensors or tensor.dtype == tensors[name].dtype:
             continue
-        if _kind_of(tensor) != _kind_of(tensors[name]):
+        floating = tensor.is_floating_point() and tensors[name].is_floating_point()
+        if not floating and not (tensor.is_complex() and tensors[name].is_complex()):
             raise FileFormatError(
                 f"load: model must have the parameters and buffers of '{path}', got a model that differs: '{name}' is "
                 f"{tensors[name].dtype} in the file and {tensor.dtype} in the model"
@@ -239,11 +240,6 @@ def _fill(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, 
         raise FileFormatError(
             f"load: model must have the parameters and buffers of '{path}', got a model that differs: {shown}"
         ) from error
-
-
-def _kind_of(tensor: Tensor) -> tuple[bool, bool]:
-    """What a dtype must have in common with another to take its place."""
-    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _class_name(model: nn.Module) -> str:
