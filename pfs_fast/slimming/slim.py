@@ -74,10 +74,26 @@ def slim(
     plan = _plan(model, structure)
     narrow = _copy_to_narrow(model, plan)
     narrow_layers("slim", narrow, plan)
+    _check_params(model, narrow, structure)
     if weights == "fresh":
         initialise(narrow, seed=seed)
     narrow.pfs_structure = structure.to_json()
     return narrow
+
+
+def _check_params(model: nn.Module, narrow: nn.Module, structure: Structure) -> None:
+    """As many parameters must have gone as the structure says: layers that do not fit each other give another number.
+
+    A structure without groups, made by hand, says nothing of its cost.
+    """
+    if not structure.kept:
+        return
+    whole, left = (sum(p.numel() for p in m.parameters()) for m in (model, narrow))
+    if whole - left != structure.base_params - structure.params:
+        raise StructureError(
+            f"slim: structure must remove {structure.base_params - structure.params:,} parameters from the model, as it says, "
+            f"got {whole - left:,}; the structure was changed by hand or damaged, cut it from the search again"
+        )
 
 
 def narrow_to(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:

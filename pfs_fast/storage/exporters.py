@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,10 @@ def export(
     def write(temporary: Path) -> None:
         program = _trace(plain, example)
         if suffix == ".pt2":
-            torch.export.save(program, temporary)
+            # Into memory first: PyTorch's own writer ends the process where the disk is full.
+            content = io.BytesIO()
+            torch.export.save(program, content)
+            temporary.write_bytes(content.getbuffer())
             runtime, open_runner = "torch.export", _pt2_runner
         else:
             _write_onnx(program, temporary)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import BACKEND, search, train
+from commands import BACKEND, TINY, search, train
 
 import pfs_fast as pfs
 from pfs_fast.cli import main
@@ -91,7 +91,7 @@ def test_search_writes_a_folder_for_each_of_several_seeds(folder, capsys):
         assert results[-1].config.seed == seed
         assert f"next: pfs-fast train runs/tiny/seed{seed}" in out
     assert pfs.SearchResults(results).report() in out
-    assert main(["train", "runs/tiny/seed0", "--epochs", "1", "--quiet"]) == 0
+    assert main(["train", "runs/tiny/seed0", *TINY, "--epochs", "1", "--quiet"]) == 0
 
 
 def test_search_refuses_bad_seeds_before_it_makes_a_folder(folder, capsys):
@@ -139,7 +139,7 @@ def test_limits_on_layers_and_memory(capsys):
     assert {c.name for c in structure.limits} == {"weight_bytes", "peak_activation_bytes"}
     assert all(c.holds for c in structure.limits)
     assert "peak activation bytes" in capsys.readouterr().out
-    cut = ["train", "runs/limits", "--epochs", "1", "--quiet", "--out", "runs/cut"]
+    cut = ["train", "runs/limits", *TINY, "--epochs", "1", "--quiet", "--out", "runs/cut"]
     assert main([*cut, "--budget", "peak_activation_bytes=0.9", "--width", "3=:2"]) == 0
     slim = pfs.load("runs/cut/slim.safetensors", ModelSpec("tiny_network:make").build())
     assert slim[3].out_channels <= 2
