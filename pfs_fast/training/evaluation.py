@@ -188,7 +188,8 @@ class Forward:
                 return outputs
         raise LoaderError(
             f"{caller}: images must fit the model, got shape {list(images.shape)}: {error}; resize them, build the model for them, "
-            "or take larger batches where batch statistics need them"
+            "take larger batches where batch statistics need them; where a view fails, set channels_last=False and call "
+            "model.to(memory_format=torch.contiguous_format)"
         ) from error
 
 

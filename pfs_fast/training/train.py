@@ -261,6 +261,7 @@ class _Run:
         logits, auxiliary, labels = self.forward(
             self.model, images, labels, watch, first=self.step == 0
         )
+        self.forward.to_nchw = None  # the start is past
         entropy = partial(
             F.cross_entropy, target=labels, label_smoothing=self.config.label_smoothing
         )

@@ -123,6 +123,31 @@ def test_slim_lenet_of_a_search_is_trained_and_evaluated():
         assert evaluate(slim, val_loader).n == 64
 
 
+class ViewInEval(LeNet):
+    """Cannot be found out by the first step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.conv(x)))
+        return self.fc(x.flatten(1) if self.training else x.view(x.size(0), -1))
+
+
+def test_view_of_the_eval_mode_alone_is_an_error_whose_repair_works():
+    net = ViewInEval()
+    before, data = state_of(net), batches()
+    with pytest.raises(LoaderError, match=r"train: .* view .*; .* channels_last=False"):
+        fit(net, data, data)
+    assert_same(before, state_of(net))
+    fit(net, data, data, channels_last=False)
+    assert not torch.equal(before["fc.weight"], net.fc.weight)
+
+
+def test_repair_of_a_network_with_view_in_channels_last_works():
+    net = LeNet().to(memory_format=torch.channels_last)
+    with pytest.raises(LoaderError, match=r"evaluate: .*memory_format=torch\.contiguous_format"):
+        evaluate(net, batches())
+    evaluate(net.to(memory_format=torch.contiguous_format), batches())
+
+
 # After a failure
 
 
