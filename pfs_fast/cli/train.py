@@ -1,8 +1,9 @@
 """Train a slim network from scratch, save it, and prove that the file gives the same network back.
 
 RUN is the folder of a search, or the JSON file of a structure (then with --model and --data, unless a run.json
-lies beside it). A run.json names networks of pfs_fast, torchvision and timm; any other must be named by --model. Writes slim.safetensors and history.json. By default all training images are used, those held
-out for validation included, and the test images are evaluated after each epoch, as in the paper.
+lies beside it). A run.json names networks of pfs_fast, torchvision and timm; any other must be named by --model. Writes
+slim.safetensors and history.json. By default all training images are used, those held out for validation included, as in
+the paper. The test images are evaluated once, at the end.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Loaders: to train on, to evaluate after each epoch, and to judge the result by."""
+    """Loaders: to train on, to evaluate after each epoch (held-out images or none), and to judge the result by."""
 
     train: DeviceLoader
     watch: DeviceLoader | None
@@ -239,18 +240,11 @@ def _loaders(arguments: argparse.Namespace, splits: Splits, device: torch.device
         )
     options: dict[str, Any] = {"device": device, "seed": arguments.seed}
     loaders = splits.loaders(_batch_size(arguments), eval_batch_size=512, **options)
-    train, watch = loaders.train, loaders.val
-    if not arguments.hold_out:
-        watch = loaders.test
-        if splits.val is not None:
-            everything = Splits(
-                **{**vars(splits), "train": joined(splits), "val": None, "test": None}
-            )
-            train = everything.loaders(_batch_size(arguments), **options).train
-    for name, final in (
-        ("test", loaders.test),
-        ("validation", loaders.val if arguments.hold_out else None),
-    ):
+    train, watch = loaders.train, loaders.val if arguments.hold_out else None
+    if splits.val is not None and not arguments.hold_out:
+        everything = Splits(**{**vars(splits), "train": joined(splits), "val": None, "test": None})
+        train = everything.loaders(_batch_size(arguments), **options).train
+    for name, final in (("test", loaders.test), ("validation", watch)):
         if final is not None:
             return _Parts(train, watch, final, name)
     only = Splits(**{**vars(splits), "test": joined(splits), "val": None})

@@ -6,6 +6,7 @@ import os
 import zipfile
 import zlib
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import BackendError, LoaderError
 from .loader import CIFAR10_MEAN, CIFAR10_STD
-from .splits import ImageSet, Splits, make_splits
+from .splits import ImageSet, Splits, WholeSplits, make_splits
 
 _NPZ_NAMES = "x_train and y_train (with x_test and y_test), or images and labels"
 CIFAR10_VARIABLE = "PFS_FAST_CIFAR10"
@@ -65,6 +66,14 @@ def cifar10(path: str | os.PathLike[str] | None = None, *, val: int = 5000) -> S
         )
     statistics = (CIFAR10_MEAN, CIFAR10_STD)
     return make_splits("cifar10", "cifar10", train, test, val=val, statistics=statistics)
+
+
+@overload
+def digits(size: int = 32, *, channels: int = 3) -> WholeSplits: ...
+
+
+@overload
+def digits(size: int = 32, *, channels: int = 3, val: int) -> Splits: ...
 
 
 def digits(size: int = 32, *, channels: int = 3, val: int = 180) -> Splits:

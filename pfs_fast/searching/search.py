@@ -14,7 +14,7 @@ from .._ambient import alone, callers_settings, random_numbers
 from .._modules import require_plain
 from ..budgets.budget import Budget
 from ..errors import ConfigError, NonFiniteLossError
-from ..training.batches import Loader, check_reiterable, checked_batches
+from ..training.batches import Loader, check_reiterable, checked_batches, num_batches
 from ..training.progress import Progress
 from .checkpoint import Checkpoint, fingerprint
 from .config import SearchConfig
@@ -284,10 +284,10 @@ def _from_first(
 
 
 def _total_steps(loader: Any, config: SearchConfig) -> int | None:
-    try:
-        total = len(loader) * config.epochs
-    except TypeError:
+    batches = num_batches(loader)
+    if batches is None:
         return config.max_steps
+    total = batches * config.epochs
     return total if config.max_steps is None else min(total, config.max_steps)
 
 

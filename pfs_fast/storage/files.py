@@ -146,10 +146,15 @@ def write_safetensors(
 
     def write(temporary: Path) -> None:
         safetensors.torch.save_file(stored, temporary, metadata=header)
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:
             length = int.from_bytes(file.read(8), "little")
-        if length > MAX_JSON_BYTES:
-            raise OSError(f"its header would have {length:,} bytes of at most {MAX_JSON_BYTES:,}")
+            if length > MAX_JSON_BYTES:
+                raise OSError(
+                    f"its header would have {length:,} bytes of at most {MAX_JSON_BYTES:,}"
+                )
+            ordered = _ordered(file.read(length))
+            file.seek(8)
+            file.write(ordered)
 
     atomic_write(path, write, caller)
 
@@ -313,6 +318,15 @@ def _kind(path: str | os.PathLike[str]) -> str | None:
         return _KINDS.get(stat.S_IFMT(os.stat(os.fspath(path)).st_mode), "a file")
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _ordered(header: bytes) -> bytes:
+    """A safetensors header with its texts in one order, so that equal contents make equal files. The library's is chance."""
+    entries = json.loads(header)
+    texts = dict(sorted(entries.pop("__metadata__").items()))
+    same = {"__metadata__": texts, **entries}
+    found = json.dumps(same, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(header))
+    return found if len(found) == len(header) else header
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
