@@ -17,7 +17,14 @@ from ..gating.compaction import Compaction
 from ..gating.gated import GatedNetwork
 from ..gating.gates import GateBank, GateState
 from ..gating.objective import cross_entropy
-from ..training.batches import Loader, check_labels, checked_batches, label_message, split_outputs
+from ..training.batches import (
+    Loader,
+    check_labels,
+    checked_batches,
+    label_message,
+    require_gradient,
+    split_outputs,
+)
 from .config import SearchConfig
 from .stability import StabilityWatch
 from .step_meter import DeviceMeter, HostMeter, Measured, PendingMeasure, Reading
@@ -194,6 +201,7 @@ class SearchLoop:
         self._update(loss)
 
     def _update(self, loss: Tensor) -> None:
+        require_gradient(loss, "search")
         config, gates = self.config, self.state.gates
         self.bank.zero_grad()
         (loss * self._scale if self._scale != 1.0 else loss).backward()

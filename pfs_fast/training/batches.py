@@ -148,6 +148,15 @@ def split_outputs(outputs: Any, num_images: int, caller: str) -> tuple[Tensor, l
     return logits, auxiliary
 
 
+def require_gradient(logits: Tensor, caller: str) -> None:
+    """Refuses logits that no backward pass can start from."""
+    if not logits.requires_grad:
+        raise ModelError(
+            f"{caller}: model must return outputs that carry a gradient, got logits without; take detach(), torch.no_grad() "
+            "and requires_grad_(False) out of its forward"
+        )
+
+
 class LabelWatch:
     """Checks labels against the number of classes without waiting for the device.
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError, NonFiniteLossError
-from .batches import LabelWatch, Loader, check_reiterable, checked_batches
+from .batches import LabelWatch, Loader, check_reiterable, checked_batches, require_gradient
 from .evaluation import Accuracy, Forward, correct, device_of, evaluate, evaluate_with, unwrap
 from .onednn import ISSUE, in_layout, unsafe_weight_gradients
 from .progress import Progress
@@ -242,6 +242,7 @@ class _Run:
         logits, auxiliary, labels = self.forward(
             self.model, images, labels, watch, first=self.step == 0
         )
+        require_gradient(logits, "train")
         entropy = partial(
             F.cross_entropy, target=labels, label_smoothing=self.config.label_smoothing
         )
