@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 from torchvision.ops import FrozenBatchNorm2d
 
-from .._modules import require_plain
+from .._modules import copied, require_plain
 from ..errors import ModelError, TraceError
 from .functional import call_layers, is_same_padded
 from .left_state import Left, ModuleState
@@ -250,7 +250,7 @@ def trace(
     """
     _check_model(model, values)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    replica = _copied(model)
+    replica = copied("trace", model)
     graphs, inside, untraceable = _trace_modes(replica, inputs)
     for layer in inside:
         # What the subclass does besides stands in the graph; the layer itself is that of its base.
@@ -338,6 +338,11 @@ def _check_model(model: nn.Module, values: bool) -> None:
     """Refuse what cannot be copied and traced as a plain module."""
     require_plain("trace", model)
     tensors = [*model.parameters(), *model.buffers()]
+    if any(t.is_inference() for t in tensors):
+        raise ModelError(
+            "trace: model must have ordinary tensors, got some that were made in torch.inference_mode(); build the model "
+            "outside of it"
+        )
     devices = sorted({str(t.device) for t in tensors})
     if len(devices) > 1:
         raise ModelError(
@@ -347,17 +352,6 @@ def _check_model(model: nn.Module, values: bool) -> None:
         raise ModelError(
             "trace: model must hold values, got tensors on the meta device; use model.to_empty() and initialise it"
         )
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # whatever the model's attributes raise
-        raise ModelError(
-            f"trace: model must be one that copy.deepcopy copies, got {type(error).__name__}: {error}; use "
-            "torch.nn.utils.parametrizations instead of weight_norm or spectral_norm, and keep no activations, locks or "
-            "open files on the model"
-        ) from error
 
 
 def _trace_mode(

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import init
+
+from ..errors import ConfigError
 
 _METHODS = (
     "reset_parameters",
@@ -53,6 +56,12 @@ def initialise(model: nn.Module, *, seed: int | None = None) -> None:
 
 def draw(model: nn.Module, seed: int | None) -> list[str]:
     """As ``initialise``, with the names of the parameters that no initialiser reaches in place of the warning."""
+    if seed is not None:
+        whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+        if not whole or not 0 <= seed < 2**64:
+            raise ConfigError(
+                f"slim: seed must be None or a whole number from 0 to 2**64 - 1, got {str(seed)[:40] if not whole else 'another'}"
+            )
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices), enabled=seed is not None), torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._modules import require_plain
+from .._modules import copied, require_plain
+from .._tensors import require_dense
 from ..errors import BackendError, ConfigError, ModelError
 from .files import atomic_write
 
@@ -77,13 +77,15 @@ def export(
         ModelError: A DataParallel or compiled wrapper, a model that cannot be exported, or the exported one computes something else.
         FileWriteError: The file cannot be written.
     """
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix if isinstance(path, str | os.PathLike) else None
     if suffix not in (".pt2", ".onnx"):
-        raise ConfigError(f"export: path must end in .pt2 or .onnx, got '{path}'")
+        raise ConfigError(
+            f"export: path must end in .pt2 or .onnx, got {path!r}; write e.g. 'model.pt2'"
+        )
     if suffix == ".onnx":
         _require("onnx", "onnxscript")
     require_plain("export", model)
-    plain = copy.deepcopy(model).eval().cpu().requires_grad_(False)
+    plain = copied("export", model).eval().cpu().requires_grad_(False)
     image = _example(plain, example_input)
     example = image.expand(_TRACED_BATCH, *image.shape[1:]).contiguous()
     reports: list[ExportReport] = []
@@ -119,6 +121,8 @@ def _example(model: nn.Module, example_input: Tensor | None) -> Tensor:
             )
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return torch.zeros(1, *shape, dtype=dtype)
+    if isinstance(example_input, Tensor):
+        require_dense(ConfigError, "export: example_input", example_input)
     if not isinstance(example_input, Tensor) or example_input.dim() < 2 or not len(example_input):
         got = (
             list(example_input.shape)

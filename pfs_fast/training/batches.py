@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tensors import require_dense
 from ..errors import LoaderError, ModelError
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -18,7 +19,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def check_reiterable(loader: Any, epochs: int, caller: str, name: str = "loader") -> None:
     """Refuses what cannot be iterated, and a generator where more than one pass is needed."""
-    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+    if isinstance(loader, type) or not (
+        hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    ):
         raise LoaderError(
             f"{caller}: {name} must be an iterable of (images, labels), got {type(loader).__name__}"
         )
@@ -73,6 +76,8 @@ def _checked(batch: Any, caller: str, name: str) -> tuple[Tensor, Tensor]:
             f"{caller}: {name} must yield tensors, got {type(images).__name__} and {type(labels).__name__}; "
             "convert with torch.as_tensor"
         )
+    require_dense(LoaderError, f"{caller}: images", images)
+    require_dense(LoaderError, f"{caller}: labels", labels)
     if not images.is_floating_point():
         raise LoaderError(
             f"{caller}: images must be floating point, got {images.dtype}; convert and normalise them, or hand the raw "

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._modules import require_module
 from ..errors import ConfigError, LoaderError, ModelError, PfsError
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches, split_outputs
 from .onednn import in_layout
@@ -49,7 +50,8 @@ def evaluate(
         LoaderError: An empty loader, or batches of a wrong form, dtype or label range.
         ModelError: Parameters on several devices, or outputs that are no logits.
     """
-    if amp not in AMP_MODES:
+    require_module("evaluate", unwrap(model))
+    if not isinstance(amp, str) or amp not in AMP_MODES:
         raise ConfigError(f"evaluate: amp must be one of {', '.join(AMP_MODES)}, got {amp!r}")
     check_reiterable(loader, 1, "evaluate")
     plain = unwrap(model)
@@ -161,7 +163,18 @@ def device_of(model: nn.Module, device: torch.device | str | None, caller: str) 
                 f"{caller}: model must be on one device, got {names}; pass device= or call model.to(device)"
             )
         device = next(iter(devices), torch.device("cpu"))
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"{caller}: device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from error
+    if device.type == "cuda":
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not (device.index or 0) < there:
+            raise ConfigError(
+                f"{caller}: device must be there, got '{device}' of {there} CUDA devices; use device='cpu'"
+            )
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
     return device

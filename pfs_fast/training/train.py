@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ModelError, NonFiniteLossError
+from .._modules import require_module
+from ..errors import ConfigError, ModelError, NonFiniteLossError
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches, require_gradient
 from .evaluation import Accuracy, Forward, correct, device_of, evaluate, evaluate_with, unwrap
 from .onednn import ISSUE, in_layout, unsafe_weight_gradients
@@ -100,7 +101,14 @@ def train(
         >>> train(net, [(images, labels)], config=TrainConfig(epochs=2), progress=False).epochs
         2
     """
+    require_module("train", unwrap(model))
     config = TrainConfig() if config is None else config
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"train: config must be a TrainConfig, got {type(config).__name__}; write TrainConfig(epochs=2, ...)"
+        )
+    if not isinstance(progress, bool):
+        raise ConfigError(f"train: progress must be True or False, got {progress!r}")
     check_reiterable(loader, config.total_epochs, "train")
     if val_loader is not None:
         check_reiterable(val_loader, config.total_epochs, "train", "val_loader")
