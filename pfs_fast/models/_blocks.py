@@ -28,9 +28,13 @@ def check_num_classes(function: str, num_classes: int) -> int:
 def _check_factor(function: str, argument: str, factor: float) -> float:
     is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
     if not is_number or not 0 < factor <= _LARGEST_FACTOR:
-        got = "more" if is_number and factor > _LARGEST_FACTOR else repr(factor)
+        got = (
+            f"more than {_LARGEST_FACTOR:,}"
+            if is_number and factor > _LARGEST_FACTOR
+            else repr(factor)
+        )
         raise ConfigError(
-            f"{function}: {argument} must be a finite number > 0 and at most {_LARGEST_FACTOR:,}, got {got}; "
+            f"{function}: {argument} must be a finite number > 0, got {got}; use at most {_LARGEST_FACTOR:,}, where "
             "1.0 is the original width and 1.25 the paper's"
         )
     return float(factor)

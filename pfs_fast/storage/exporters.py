@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def export(
         _require("onnx", "onnxscript")
     require_plain("export", model)
     plain = copied("export", model).eval().cpu().requires_grad_(False)
+    _return_plain(plain)
     image = _example(plain, example_input)
     example = image.expand(_TRACED_BATCH, *image.shape[1:]).contiguous()
     reports: list[ExportReport] = []
@@ -108,6 +110,26 @@ def export(
 
     atomic_write(path, write, "export")
     return reports[0]
+
+
+def _return_plain(model: nn.Module) -> None:
+    """Make named tuples of outputs tuples, and dataclasses dictionaries: a file knows no classes of the model's code."""
+    run = model.forward
+
+    @functools.wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return plain(run(*args, **kwargs))
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, dict):
+            value = {f.name: getattr(value, f.name) for f in fields(value)}
+        if hasattr(value, "_fields"):
+            value = tuple(value)
+        if type(value) in (tuple, list):
+            return type(value)(map(plain, value))
+        return {k: plain(v) for k, v in value.items()} if type(value) is dict else value
+
+    model.forward = forward
 
 
 def _example(model: nn.Module, example_input: Tensor | None) -> Tensor:
