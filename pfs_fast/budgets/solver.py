@@ -6,13 +6,14 @@ channel that enters, so bisection over the ranked channels with the exact cost g
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..errors import InfeasibleBudgetError
+from ..errors import BudgetError, InfeasibleBudgetError
 from ..graph.groups import ChannelGroups
 from .bounds import unit_bounds
 from .budget import Budget, Limits, Widths
@@ -297,8 +298,11 @@ def pareto(
         list[ParetoPoint]: One point for each fraction, kept units nested.
 
     Raises:
+        BudgetError: For fractions that are no shares, or another option outside its range.
         InfeasibleBudgetError: If a fraction that was asked for is below the floor.
     """
+    shares = [step / 20 for step in range(1, 21)] if fractions is None else _shares(fractions)
+    Budget(macs=1.0, multiple_of=multiple_of, min_channels=min_channels)  # which checks them
     sweep = Sweep(
         groups,
         gates,
@@ -310,12 +314,27 @@ def pareto(
     reference = sweep.cost_model.base if reference is None else reference
     skip_infeasible = fractions is None
     points = []
-    for fraction in [step / 20 for step in range(1, 21)] if fractions is None else fractions:
-        limits = Budget(
-            macs=float(fraction), multiple_of=multiple_of, min_channels=min_channels
-        ).resolve(reference)
+    for fraction in shares:
+        limits = Budget(macs=fraction, multiple_of=multiple_of, min_channels=min_channels).resolve(
+            reference
+        )
         if skip_infeasible and not limits.allow(sweep.floor):
             continue
         keep = sweep.largest(limits)
-        points.append(ParetoPoint(float(fraction), *sweep.cost_model.evaluate(keep), keep))
+        points.append(ParetoPoint(fraction, *sweep.cost_model.evaluate(keep), keep))
     return points
+
+
+def _shares(fractions: Sequence[float]) -> list[float]:
+    found: list[float] = []
+    text = isinstance(fractions, str)
+    try:
+        found = [] if text else [math.nan if isinstance(f, str) else float(f) for f in fractions]
+        good = not text and all(0 < share <= 1 for share in found)
+    except (TypeError, ValueError, OverflowError):  # no sequence, or of something else than numbers
+        good = False
+    if not good:
+        raise BudgetError(
+            f"pareto: fractions must be shares in (0, 1], got {str(fractions)[:60]!r}; write e.g. [0.3, 0.5]"
+        )
+    return found

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._tensors import require_dense
 from ..errors import LoaderError
 
 # The layouts that an array without a stated one may have; three-dimensional arrays are [N, H, W], one grey channel.
@@ -99,8 +100,19 @@ def _label_repair(labels: Tensor, num_images: int) -> str:
     return "give each image one label; labels of pixels, boxes or sequences are not supported"
 
 
+def check_count(function: str, argument: str, value: Any, least: int) -> None:
+    """Refuses what is no whole number of at least ``least`` that 63 bits hold."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not least <= value < 2**63:
+        got = "more than 2**63" if whole and value > least else repr(value)
+        raise LoaderError(
+            f"{function}: {argument} must be an integer >= {least}, got {got}; pass a plain int"
+        )
+
+
 def _as_tensor(function: str, argument: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
+        require_dense(LoaderError, f"{function}: {argument}", value)
         return value.detach()
     if not isinstance(value, (np.ndarray, list, tuple)):
         raise LoaderError(

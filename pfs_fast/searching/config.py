@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +92,9 @@ class SearchConfig:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("log_every", 1), ("seed", 0)):
-            _integer(name, getattr(self, name), low)
+        for name in ("epochs", "log_every"):
+            _integer(name, getattr(self, name), 1)
+        _integer("seed", self.seed, 0, bits=64)
         for name in ("max_steps", "patience"):
             _integer(name, getattr(self, name), 1, optional=True)
         _number("tolerance", self.tolerance, least=0, most=1)
@@ -152,12 +154,17 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _integer(name: str, value: Any, low: int, optional: bool = False) -> None:
+def _integer(name: str, value: Any, low: int, optional: bool = False, bits: int = 63) -> None:
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < low:
         raise ConfigError(
             f"SearchConfig: {name} must be a whole number of at least {low}, got {value!r}"
+        )
+    if value >= 2**bits:
+        raise ConfigError(
+            f"SearchConfig: {name} must be a whole number of at most 2**{bits} - 1, got more; lower it"
         )
 
 
@@ -170,7 +177,11 @@ def _number(
     below: float | None = None,
     most: float | None = None,
 ) -> None:
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        good = real and math.isfinite(value)
+    except OverflowError:  # an integer beyond them
+        good = False
     rules = [
         (above, "above", ">"),
         (least, "at least", ">="),
@@ -182,11 +193,13 @@ def _number(
         good = good and (bound is None or compare[sign](float(value), float(bound)))
     if not good:
         rule = " and ".join(f"{word} {bound:g}" for bound, word, _ in rules if bound is not None)
-        raise ConfigError(f"SearchConfig: {name} must be a finite number {rule}, got {value!r}")
+        huge = isinstance(value, int) and abs(value) > sys.float_info.max
+        got = "a number beyond float64" if huge else repr(value)
+        raise ConfigError(f"SearchConfig: {name} must be a finite number {rule}, got {got}")
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(
             f"SearchConfig: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
         )

@@ -24,6 +24,7 @@ from ..training.batches import (
     check_noted,
     checked_batches,
     note_labels,
+    require_gradient,
     split_outputs,
 )
 from .config import SearchConfig
@@ -202,6 +203,7 @@ class SearchLoop:
         self._update(loss)
 
     def _update(self, loss: Tensor) -> None:
+        require_gradient(loss, "search")
         config, gates = self.config, self.state.gates
         self.bank.zero_grad()
         (loss * self._scale if self._scale != 1.0 else loss).backward()

@@ -131,6 +131,12 @@ def search(
         raise ConfigError(
             f"search: config must be a SearchConfig, got {type(config).__name__}; write SearchConfig(epochs=2, ...)"
         )
+    if not isinstance(progress, bool):
+        raise ConfigError(f"search: progress must be True or False, got {progress!r}")
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise ConfigError(
+            f"search: checkpoint must be a path, got {type(checkpoint).__name__}; write e.g. 'search.ckpt'"
+        )
     budget = Budget.of(budget)
     seeds = None if seeds is None else checked_seeds(seeds)
     passes = config.epochs * len(seeds or [0])

@@ -59,7 +59,13 @@ def slim(
         BusyError: Fresh weights while another thread of the process is in a search or a training.
     """
     require_plain("slim", model)
-    if weights not in ("fresh", "inherit"):
+    if not isinstance(structure, Structure):
+        raise StructureError(
+            f"slim: structure must be a Structure, got {type(structure).__name__}; pass result.structure, or Structure.from_json(text)"
+        )
+    if not isinstance(verify, bool):
+        raise ConfigError(f"slim: verify must be True or False, got {verify!r}")
+    if not isinstance(weights, str) or weights not in ("fresh", "inherit"):
         raise ConfigError(
             f"slim: weights must be 'fresh' or 'inherit', got {weights!r}; use one of them"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -332,7 +332,7 @@ def _channel_dim(module: nn.Module) -> int:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors of nested lists, tuples and dictionaries."""
+    """All tensors of nested lists, tuples, dictionaries and dataclasses."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -341,6 +341,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))
 
 
 def _compare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .._ambient import own_settings
 from .._json import parse_json
 from .._modules import require_plain
-from ..errors import FileFormatError, ModelError, StructureError
+from ..errors import ConfigError, FileFormatError, ModelError, StructureError
 from ..graph.scales import find_scales
 from ..slimming.slim import kind_in_file, narrow_to, widths_of
 from .exporters import ExportReport, export
@@ -57,6 +58,7 @@ def save(
         metadata: Whatever JSON can hold, stored beside the model (`read_metadata` returns it under "user").
 
     Raises:
+        ConfigError: ``metadata`` that JSON cannot hold.
         ModelError: A wrapper, or a state that is no tensor or holds no data.
         FileWriteError: The file cannot be written.
     """
@@ -82,8 +84,19 @@ def save(
     if shape is not None:
         document["input_shape"] = list(shape)
     if metadata is not None:
-        document["user"] = dict(metadata)
+        document["user"] = _json_metadata(metadata)
     write_safetensors(path, tensors, document, caller="save")
+
+
+def _json_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"save: metadata must be a mapping that JSON can hold, got {type(error).__name__}: {error}; use texts, finite numbers, "
+            "lists and dictionaries"
+        ) from error
+    return dict(metadata)
 
 
 @own_settings()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._ambient import callers_settings
+from .._tensors import require_dense
 from ..errors import LoaderError, ModelError
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -25,7 +26,9 @@ _BATCHES = (
 
 def check_reiterable(loader: Any, epochs: int, caller: str, name: str = "loader") -> None:
     """Refuses what cannot be iterated, and a generator where more than one pass is needed."""
-    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+    if isinstance(loader, type) or not (
+        hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    ):
         raise LoaderError(
             f"{caller}: {name} must be an iterable of (images, labels), got {type(loader).__name__}; "
             "pass a list, a DataLoader or a DeviceLoader"
@@ -101,6 +104,8 @@ def _checked(batch: Any, caller: str, name: str) -> tuple[Tensor, Tensor]:
             f"{caller}: {name} must yield tensors, got {type(images).__name__} and {type(labels).__name__}; "
             f"{_tensor_repair(images, labels)}"
         )
+    require_dense(LoaderError, f"{caller}: images", images)
+    require_dense(LoaderError, f"{caller}: labels", labels)
     if not images.is_floating_point():
         raise LoaderError(
             f"{caller}: images must be floating point, got {images.dtype}; convert and normalise them, or hand the raw "
@@ -265,6 +270,15 @@ def split_outputs(outputs: Any, num_images: int, caller: str) -> tuple[Tensor, l
             "with outputs.flatten(1) of [N, classes, 1, 1], or outputs.mean((2, 3)) of maps"
         )
     return logits, auxiliary
+
+
+def require_gradient(logits: Tensor, caller: str) -> None:
+    """Refuses logits that no backward pass can start from."""
+    if not logits.requires_grad:
+        raise ModelError(
+            f"{caller}: model must return outputs that carry a gradient, got logits without; take detach(), torch.no_grad() "
+            "and requires_grad_(False) out of its forward"
+        )
 
 
 class LabelWatch:

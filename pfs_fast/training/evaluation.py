@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._ambient import own_settings
+from .._modules import require_module
 from ..errors import ConfigError, LoaderError, ModelError, NonFiniteLossError, PfsError
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches, split_outputs
 from .onednn import in_layout
@@ -57,7 +58,8 @@ def evaluate(
         ModelError: Parameters on several devices, or outputs that are no logits.
         NonFiniteLossError: The loss is NaN or infinite.
     """
-    if amp not in AMP_MODES:
+    require_module("evaluate", unwrap(model))
+    if not isinstance(amp, str) or amp not in AMP_MODES:
         raise ConfigError(f"evaluate: amp must be one of {', '.join(AMP_MODES)}, got {amp!r}")
     check_reiterable(loader, 1, "evaluate")
     plain = unwrap(model)
@@ -236,13 +238,24 @@ def device_of(model: nn.Module, device: torch.device | str | None, caller: str) 
             repair = outside if on_meta else "pass device= or call model.to(device)"
             raise ModelError(f"{caller}: model must be on one device, got {names}; {repair}")
         device = next(iter(devices), torch.device("cpu"))
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"{caller}: device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from error
     if on_meta:
         raise ModelError(
             f"{caller}: model must hold values, got tensors on the meta device; {outside}"
         )
     if device.type == "meta":
         raise ModelError(f"{caller}: device must hold values, got meta; choose the CPU or a GPU")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not (device.index or 0) < there:
+            raise ConfigError(
+                f"{caller}: device must be there, got '{device}' of {there} CUDA devices; use device='cpu'"
+            )
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
     return device

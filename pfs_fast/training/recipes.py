@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +29,8 @@ def scratch_b_epochs(epochs: int, share: float) -> int:
         >>> scratch_b_epochs(160, 0.5)
         320
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"scratch_b_epochs: share must be in (0, 1], got {share}")
-    if epochs < 1:
-        raise ConfigError(f"scratch_b_epochs: epochs must be at least 1, got {epochs}")
+    _check_integer("epochs", epochs, 1, "scratch_b_epochs")
+    _check_share("share", share, epochs, "scratch_b_epochs")
     return math.floor(epochs / share + 1e-9)  # 150 / 0.3 shall not lose an epoch to rounding
 
 
@@ -85,17 +85,33 @@ class TrainConfig:
         _check_range("weight_decay", self.weight_decay, 0, math.inf)
         _check_range("lr_decay", self.lr_decay, 0, math.inf)
         _check_range("label_smoothing", self.label_smoothing, 0, 1)
+        if not isinstance(self.milestones, tuple | list):
+            raise ConfigError(
+                f"TrainConfig: milestones must be a tuple of shares of the epochs, got {self.milestones!r}; write e.g. (0.5, 0.75)"
+            )
         for share in self.milestones:
             _check_range("milestones", share, 0, 1)
         if self.ema is not None:
             _check_range("ema", self.ema, 0, 1)
+        for name in ("nesterov", "decay_bn_bias", "channels_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    f"TrainConfig: {name} must be True or False, got {getattr(self, name)!r}"
+                )
+        if self.seed is not None:
+            whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+            if not whole or not 0 <= self.seed < 2**64:
+                got = "another number" if whole else repr(self.seed)
+                raise ConfigError(
+                    f"TrainConfig: seed must be None or a whole number from 0 to 2**64 - 1, got {got}"
+                )
         if self.nesterov and self.momentum == 0:
             raise ConfigError("TrainConfig: nesterov must come with a momentum above 0, got 0")
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("amp", self.amp, AMP_MODES)
         _check_choice("restore", self.restore, ("last", "best"))
         if self.budget_training is not None:
-            scratch_b_epochs(self.epochs, self.budget_training)
+            _check_share("budget_training as a share", self.budget_training, self.epochs)
 
     @property
     def total_epochs(self) -> int:
@@ -173,21 +189,30 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _check_integer(name: str, value: Any, least: int, caller: str = "TrainConfig") -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value < 2**63:
+        got = "more than 2**63" if whole and value > least else repr(value)
+        raise ConfigError(f"{caller}: {name} must be an integer of at least {least}, got {got}")
+
+
+def _check_share(name: str, share: Any, epochs: int, caller: str = "TrainConfig") -> None:
+    real = isinstance(share, numbers.Real) and not isinstance(share, bool)
+    if not real or not 0 < share <= 1 or not epochs / share < 2**63:
         raise ConfigError(
-            f"TrainConfig: {name} must be an integer of at least {least}, got {value!r}"
+            f"{caller}: {name} must be in (0, 1] and large enough for 2**63 epochs, got {share!r}"
         )
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high or math.isinf(value):
+    if not number or not low <= value <= min(high, sys.float_info.max):
+        got = "a number beyond float64" if number and value > sys.float_info.max else repr(value)
         raise ConfigError(
-            f"TrainConfig: {name} must be a finite number in [{low}, {high}], got {value!r}"
+            f"TrainConfig: {name} must be a finite number in [{low}, {high}], got {got}"
         )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"TrainConfig: {name} must be one of {', '.join(choices)}, got {value!r}")

@@ -15,8 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._ambient import alone, callers_settings, random_numbers
+from .._modules import require_module
 from ..errors import ConfigError, ModelError, NonFiniteLossError
-from .batches import LabelWatch, Loader, check_reiterable, checked_batches, num_batches
+from .batches import (
+    LabelWatch,
+    Loader,
+    check_reiterable,
+    checked_batches,
+    num_batches,
+    require_gradient,
+)
 from .evaluation import Accuracy, Forward, correct, device_of, evaluate, evaluate_with, unwrap
 from .onednn import ISSUE, unsafe_weight_gradients
 from .progress import Progress
@@ -116,7 +124,14 @@ def train(
         >>> train(net, [(images, labels)], config=TrainConfig(epochs=2), progress=False).epochs
         2
     """
+    require_module("train", unwrap(model))
     config = TrainConfig() if config is None else config
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"train: config must be a TrainConfig, got {type(config).__name__}; write TrainConfig(epochs=2, ...)"
+        )
+    if not isinstance(progress, bool):
+        raise ConfigError(f"train: progress must be True or False, got {progress!r}")
     check_reiterable(loader, config.total_epochs, "train")
     if val_loader is not None:
         check_reiterable(val_loader, config.total_epochs, "train", "val_loader")
@@ -277,6 +292,7 @@ class _Run:
             self.model, images, labels, watch, first=self.step == 0
         )
         self.forward.to_nchw = None  # the start is past
+        require_gradient(logits, "train")
         entropy = partial(
             F.cross_entropy, target=labels, label_smoothing=self.config.label_smoothing
         )
