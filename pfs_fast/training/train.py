@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._cuda_settings import cuda_settings
 from ..errors import ModelError, NonFiniteLossError
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches
 from .evaluation import Accuracy, Forward, correct, device_of, evaluate, evaluate_with, unwrap
 from .onednn import ISSUE, in_layout, unsafe_weight_gradients
 from .progress import Progress
-from .recipes import TrainConfig, autocast_dtype, scratch_b_epochs
+from .recipes import TrainConfig, autocast_dtype, float32_products, scratch_b_epochs
 from .weights import Average, Snapshot, all_finite, parameter_groups
 
 __all__ = ["Accuracy", "TrainConfig", "TrainResult", "evaluate", "scratch_b_epochs", "train"]
@@ -117,7 +118,7 @@ def train(
             if parameter.dim() == 4:  # a module of 3-d convolutions cannot be moved as a whole
                 parameter.data = in_layout(parameter.data, layout)
     modes = {module: module.training for module in model.modules()}
-    with _seeded(config.seed, device):
+    with _seeded(config.seed, device), cuda_settings(device, float32_products(config.amp)):
         run = _Run(model, plain, device, config, layout)
         try:
             return run.fit(loader, val_loader, progress)
