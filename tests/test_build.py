@@ -110,6 +110,15 @@ def test_version_is_written_once():
         assert f'"{version}"' not in (ROOT / name).read_text(), name
 
 
+def test_changelog_names_the_versions_of_files():
+    from pfs_fast.budgets import structure
+    from pfs_fast.searching import result
+
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.search(r"Structure files are version (\d+) and search files version (\d+)", text)
+    assert versions.groups() == (str(structure.VERSION), str(result.VERSION))
+
+
 def test_cuda_can_be_switched_off(build, monkeypatch):
     monkeypatch.setattr(build, "missing_compiler", lambda: "")
     monkeypatch.setenv("PFS_FAST_CUDA", "0")
