@@ -132,17 +132,21 @@ class _HostOperands(TorchDispatchMode):
 
 
 @contextmanager
-def side_stream(device: torch.device) -> Iterator[None]:
-    """Makes a stream of its own the current one, ordered behind the caller's and before what the caller does next.
+def side_stream(device: torch.device, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    """Makes another stream the current one, ordered behind the caller's and before what the caller does next.
 
     A capture cannot run in the default stream, and steps before a capture must have run where it runs.
+
+    Args:
+        device: On the CPU nothing is done.
+        stream: Of the device; None: a new one.
     """
     if device.type != "cuda":
         yield
         return
     with torch.cuda.device(device):
         outer = torch.cuda.current_stream()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream() if stream is None else stream
         stream.wait_stream(outer)
         try:
             with torch.cuda.stream(stream):
