@@ -75,7 +75,8 @@ class GatedNetwork(nn.Module):
         self._shapes = graph.traced.shapes
         root = self.root = graph.traced.train.requires_grad_(False)
         device = bank.state.values.device
-        _cast(root, dtype, bank.state.values.dtype, device, channels_last)
+        for net in graph.traced.graphs:  # modules are shared, constants of the forward are not
+            _cast(net, dtype, bank.state.values.dtype, device, channels_last)
         builder = _Builder(root, bank, ops, track_stats, fast_convs, dtype)
         self.train_net = builder.rewrite(graph.traced.train)
         shared = graph.traced.train is graph.traced.eval

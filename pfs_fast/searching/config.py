@@ -16,6 +16,7 @@ from ..errors import ConfigError
 PRECISIONS = {
     "fp64": torch.float64,
     "fp32": torch.float32,
+    "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
@@ -46,7 +47,8 @@ class SearchConfig:
             within it the largest gates. ``"uniform"``: every group the same share. ``"auto"``: ``"layerwise"`` with
             ``scope="all"``, where it was measured (``docs/ranking.md``), else ``"gates"``.
         precision: Of convolutions and activations: ``"fp64"``, ``"fp32"``, ``"bf16"``, ``"fp16"``; ``"auto"``: bf16 where
-            the device computes it natively, else fp32. Statistics and gates are float32 at least.
+            the device computes it natively, else fp32. ``"tf32"``: float32 whose products have ten bits, on CUDA alone;
+            ``"fp32"`` never has, whatever PyTorch's settings say. Statistics and gates are float32 at least.
         backend: ``"fused"``: the compiled operators. ``"reference"``: plain PyTorch. ``"auto"``: fused; an error, not a
             fallback, where they are missing.
         compact: Allow channels whose gate is absorbed at 0 to be left out of the computation while searching. The result
@@ -55,8 +57,8 @@ class SearchConfig:
             among epochs with a share of non-zero gates of ``target`` at most, else the last (the official code's rule);
             needs ``val_loader``.
         cuda_graph: Capture the whole step in a CUDA graph and replay it; with a ``DeviceLoader`` several steps at once, the
-            making of batches included. A step that cannot be captured is reported and taken without. No effect on the CPU. Not
-            run on a GPU yet.
+            making of batches included. A step that cannot be captured is reported and taken without; networks that ``cpu_graph``
+            never records are never captured. No effect on the CPU. Not run on a GPU yet.
         cpu_graph: Record the operators of a step once and replay them without Python and autograd. The gates are the same. A
             step that cannot be recorded is reported and taken without; networks with hooks, or with functions that were not
             traced, are never recorded, since their Python must run in every step. No effect on CUDA.
@@ -139,12 +141,16 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype that ``precision`` means on a device.
 
     Raises:
-        ConfigError: ``"fp16"`` on the CPU, whose convolutions would be emulated.
+        ConfigError: ``"fp16"`` on the CPU, whose convolutions would be emulated, or ``"tf32"``, which it has not.
     """
     if precision != "auto":
         if precision == "fp16" and device.type == "cpu":
             raise ConfigError(
                 "SearchConfig: precision 'fp16' needs a CUDA device, got cpu; use 'bf16' or 'fp32'"
+            )
+        if precision == "tf32" and device.type == "cpu":
+            raise ConfigError(
+                "SearchConfig: precision 'tf32' needs a CUDA device, got cpu; use 'fp32'"
             )
         return PRECISIONS[precision]
     if device.type == "cuda":

@@ -119,7 +119,9 @@ def prepare(
     config = replace(
         config,
         target=config.target or _target(limits, cost_model.evaluate(evenly), share_base),
-        precision=next(name for name, value in PRECISIONS.items() if value == dtype),
+        precision=next(name for name, value in PRECISIONS.items() if value == dtype)
+        if config.precision == "auto"
+        else config.precision,
         backend="reference" if kernels is reference_ops else "fused",
     )
     gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32

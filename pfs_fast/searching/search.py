@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._ambient import alone, callers_settings, random_numbers
+from .._cuda_settings import cuda_settings
 from .._modules import require_plain
 from ..budgets.budget import Budget
 from ..errors import ConfigError, NonFiniteLossError
@@ -207,8 +208,10 @@ def _search(
         if first is not None:
             batches = _from_first(first, batches)
         runner = make_runner(plan.loop, loader)
+        float32 = "tf32" if config.precision == "tf32" else "ieee"
         try:
-            _run(plan, loader, batches, runner, val_loader, saved, name if progress else None)
+            with cuda_settings(place, float32, repeatable=True):
+                _run(plan, loader, batches, runner, val_loader, saved, name if progress else None)
         except NonFiniteLossError as error:
             error.result = plan.result(plan.loop.good_gates)
             raise

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._ambient import own_settings
+from .._cuda_settings import cuda_settings
 from .._modules import require_module
 from ..errors import ConfigError, LoaderError, ModelError, NonFiniteLossError, PfsError
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches, split_outputs
 from .onednn import in_layout
-from .recipes import AMP_MODES, autocast_dtype
+from .recipes import AMP_MODES, autocast_dtype, float32_products
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ def evaluate(
     plain = unwrap(model)
     device = device_of(plain, device, "evaluate")
     plain.to(device)
-    forward = Forward(plain, device, autocast_dtype(amp, device), layout=None)
+    forward = Forward(plain, device, autocast_dtype(amp, device, "evaluate"), layout=None)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return evaluate_with(forward, model, checked_batches(loader, "evaluate"), "evaluate")
+        with cuda_settings(device, float32_products(amp)):
+            return evaluate_with(forward, model, checked_batches(loader, "evaluate"), "evaluate")
     finally:
         for module, training in modes.items():
             module.training = training

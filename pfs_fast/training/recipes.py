@@ -13,7 +13,7 @@ import torch
 from ..errors import ConfigError
 
 SCHEDULES = ("multistep", "cosine", "constant")
-AMP_MODES = ("off", "bf16", "fp16", "auto")
+AMP_MODES = ("off", "tf32", "bf16", "fp16", "auto")
 
 
 def scratch_b_epochs(epochs: int, share: float) -> int:
@@ -60,7 +60,8 @@ class TrainConfig:
     evaluated, kept and left in the model. It starts faster: ``min(ema, (1 + step) / (10 + step))``."""
     amp: str = "off"
     """Autocast: "off", "bf16", "fp16" (with loss scaling), or "auto": bf16 where the device computes it natively, else
-    fp16 on CUDA and off on the CPU."""
+    fp16 on CUDA and off on the CPU. "tf32": no autocast, and float32 products of ten bits, on CUDA alone; with "off" they
+    are those of float32, whatever PyTorch's settings say."""
     channels_last: bool = True
     """Memory layout of 4-d weights and images; the result is the same up to rounding."""
     budget_training: float | None = None
@@ -178,15 +179,26 @@ class TrainConfig:
         return cls(**(recipe | changes))
 
 
-def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype that ``amp`` means on a device, None for no autocast."""
+def autocast_dtype(amp: str, device: torch.device, caller: str = "train") -> torch.dtype | None:
+    """The dtype that ``amp`` means on a device, None for no autocast.
+
+    Raises:
+        ConfigError: ``"tf32"`` on another device than CUDA.
+    """
+    if amp == "tf32" and device.type != "cuda":
+        raise ConfigError(f"{caller}: amp 'tf32' needs a CUDA device, got {device.type}; use 'off'")
     if amp == "auto":
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
             return torch.bfloat16 if native else torch.float16
         native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if native else None
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return {"off": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def float32_products(amp: str) -> str | None:
+    """What ``amp`` means for `cuda_settings`: the caller's own settings where autocast decides."""
+    return {"off": "ieee", "tf32": "tf32"}.get(amp)
 
 
 def _check_integer(name: str, value: Any, least: int, caller: str = "TrainConfig") -> None:

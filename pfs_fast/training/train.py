@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._ambient import alone, callers_settings, random_numbers
+from .._cuda_settings import cuda_settings
 from .._modules import require_module
 from ..errors import ConfigError, ModelError, NonFiniteLossError
 from .batches import (
@@ -28,7 +29,7 @@ from .batches import (
 from .evaluation import Accuracy, Forward, correct, device_of, evaluate, evaluate_with, unwrap
 from .onednn import ISSUE, unsafe_weight_gradients
 from .progress import Progress
-from .recipes import TrainConfig, autocast_dtype, scratch_b_epochs
+from .recipes import TrainConfig, autocast_dtype, float32_products, scratch_b_epochs
 from .weights import (
     Average,
     Placement,
@@ -156,7 +157,10 @@ def train(
         )
     given = Placement(plain)
     modes = {module: module.training for module in model.modules()}
-    with random_numbers(config.seed, [device]):
+    with (
+        random_numbers(config.seed, [device]),
+        cuda_settings(device, float32_products(config.amp)),
+    ):
         run = None
         try:
             plain.to(device)

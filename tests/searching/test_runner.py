@@ -230,6 +230,75 @@ def test_step_that_cannot_be_captured_is_reported_and_taken_without(
     assert_same_search(result, expected)
 
 
+@pytest.mark.parametrize("make", [uneven, device_loader])
+def test_a_wait_that_is_seen_once_is_another_threads(graphs, monkeypatch, make):
+    model, waits, looks = tiny(), graphs.waits, []
+
+    def waits_once(work):
+        looks.append(waits(work))
+        return "on purpose" if len(looks) == 1 else looks[-1]
+
+    monkeypatch.setattr(graphs, "waits", waits_once)
+    result = run(model, make(), compact=False)
+    assert "replay" in graphs.log
+    assert_same_search(run(model, make(), compact=False, cuda_graph=False), result)
+
+
+def hooked() -> tuple[nn.Module, list[int]]:
+    calls: list[int] = []
+    model = tiny()
+    model[2][1].register_forward_hook(lambda *_: calls.append(1))
+    return model, calls
+
+
+@pytest.mark.parametrize("make", [uneven, device_loader])
+def test_networks_with_python_of_the_users_are_never_captured(graphs, make):
+    model, calls = hooked()
+    result = run(model, make(), epochs=2, compact=False)
+    assert graphs.log == []
+    assert len(calls) >= result.steps
+
+
+class NotedTransfer:
+    """Notes whether batches come in a stream of their own."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.beside = True
+
+    def send(self, images):
+        self.log.append("beside" if self.beside else "in stream")
+        return images.clone()
+
+    def pin(self, labels):
+        return labels
+
+    def stay_in_stream(self) -> None:
+        self.beside = False
+
+    def mark(self):
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_batches_are_not_copied_beside_the_step_after_a_capture_that_failed(graphs, monkeypatch):
+    transfer = NotedTransfer()
+
+    def refuse(work):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    monkeypatch.setattr(
+        "pfs_fast.searching.search.make_runner",
+        lambda loop, loader: runners.GraphRunner(loop, graphs, transfer),
+    )
+    with pytest.warns(RuntimeWarning, match="on purpose; going on without one"):
+        run(tiny(), batches(8), epochs=1, compact=False)
+    assert transfer.log == ["beside"] * 4 + ["in stream"] * 4
+
+
 def test_stand_in_refuses_what_a_graph_refuses():
     stand_in = StandInGraphs()
     with pytest.raises(RuntimeError, match="capturing"):
