@@ -6,8 +6,9 @@ becomes one that does not keep its input; everything else runs as the model wrot
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -74,6 +75,8 @@ class GatedNetwork(nn.Module):
         root = self.root = graph.traced.train.requires_grad_(False)
         device = bank.state.values.device
         _cast(root, dtype, bank.state.values.dtype, device, channels_last)
+        if dtype != torch.float32:
+            _cast_inputs(root, dtype)
         builder = _Builder(root, bank, ops, track_stats, fast_convs)
         self.train_net = builder.rewrite(graph.traced.train)
         shared = graph.traced.train is graph.traced.eval
@@ -263,3 +266,22 @@ def _cast(
                 )
                 if channels_last and tensor.dim() == 4:
                     tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
+def _cast_inputs(root: nn.Module, dtype: torch.dtype) -> None:
+    """Lets every layer with weights take inputs of another dtype, as `FrozenConv` does.
+
+    ``x * (x > 0).float()`` is float32 in a network in bf16. Set as a forward and not as a hook, which no tape records.
+    """
+    for module in root.modules():
+        own = any(p is not None and p.is_floating_point() for p in module._parameters.values())
+        if module is not root and own and not isinstance(module, _BatchNorm):
+            module.forward = functools.partial(_in_dtype, module.forward, dtype)
+
+
+def _in_dtype(forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    return forward(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})

@@ -48,6 +48,7 @@ class FusedNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         options = self.options()
+        residual = None if residual is None else residual.to(x.dtype)
         return self._ops.bn_gate_act(x, residual=residual, training=self.uses_batch, **options)
 
     def options(self) -> dict[str, Any]:
@@ -101,8 +102,12 @@ class FrozenConv(nn.Module):
         """Tile of ``winograd_conv`` for an input; `winograd.DIRECT` where another convolution serves it."""
         return winograd.tile_of(self.conv, input) if self.fast else winograd.DIRECT
 
+    def taken(self, input: Tensor) -> Tensor:
+        """An input in the dtype of the weight: a cast in the model's forward means the dtype that the model had."""
+        return input.to(self.conv.weight.dtype)
+
     def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it, for layer(input=x)
-        c = self.conv
+        c, input = self.conv, self.taken(input)
         tile = self.tile(input)
         if tile != winograd.DIRECT:
             return self._ops.winograd_conv(input, c.weight, c.bias, c.padding, tile=tile)
@@ -127,7 +132,7 @@ class BranchedConv(nn.Module):
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         c = self.layer.conv
         return self._ops.frozen_conv_branch(
-            input,
+            self.layer.taken(input),
             c.weight,
             c.bias,
             self.layer.stride,
@@ -152,6 +157,7 @@ class FusedConvNorm(nn.Module):
         self.layer, self.norm, self._ops = conv, norm, ops
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        input = self.layer.taken(input)
         tile = self.layer.tile(input)
         if not self.serves(tile):
             return self.norm(self.layer(input), residual)
@@ -169,7 +175,7 @@ class FusedConvNorm(nn.Module):
             input,
             conv.weight,
             conv.bias,
-            residual=residual,
+            residual=None if residual is None else residual.to(input.dtype),
             padding=conv.padding,
             tile=tile,
             **self.norm.options(),
@@ -180,6 +186,7 @@ class BranchedConvNorm(FusedConvNorm):
     """Returns its input too, for those that read it later: their gradients are added where its own is made."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        input = self.layer.taken(input)
         tile = self.layer.tile(input)
         if not self.serves(tile):
             return self.norm(self.layer(input), residual), input
@@ -191,6 +198,7 @@ class RecomputedConvNorm(FusedConvNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, norm = self.layer.conv, self.norm
+        input = self.layer.taken(input)
         serves = self.serves(self.layer.tile(input))
         if serves or residual is not None or not norm.uses_batch or not self.pays():
             return super().forward(input, residual)

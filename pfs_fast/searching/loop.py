@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import LoaderError, NonFiniteLossError, PfsError
+from ..errors import LoaderError, ModelError, NonFiniteLossError, PfsError
 from ..gating.compaction import Compaction
 from ..gating.gated import GatedNetwork
 from ..gating.gates import GateBank, GateState
@@ -270,8 +270,15 @@ class SearchLoop:
             outputs = self.network(self.place(images))
         except (PfsError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             if images.shape == self._shape:  # the same went well before
+                raise
+            if self._dtype in (torch.bfloat16, torch.float16) and _is_of_dtypes(error):
+                raise ModelError(
+                    f"search: model must run in {self.config.precision}, which its forward mixes with other dtypes, got an error "
+                    f"({error}); use SearchConfig(precision='fp32')"
+                ) from error
+            if isinstance(error, TypeError):
                 raise
             raise LoaderError(
                 f"search: images must fit the model in every batch, got shape {list(images.shape)}: {error}; resize them, or "
@@ -461,6 +468,10 @@ class _PendingEntry(NamedTuple):
 
     def ready(self) -> bool:
         return self.measure.ready()
+
+
+def _is_of_dtypes(error: Exception) -> bool:
+    return any(word in str(error).lower() for word in ("dtype", "scalar type", "bfloat16", "half"))
 
 
 def _num_correct(logits: Tensor, labels: Tensor) -> Tensor:
