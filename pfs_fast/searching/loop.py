@@ -18,6 +18,7 @@ from ..gating.gated import GatedNetwork
 from ..gating.gates import GateBank, GateState
 from ..gating.objective import cross_entropy
 from ..training.batches import Loader, check_labels, checked_batches, label_message, split_outputs
+from ..training.bf16_convs import SoundConvs, may_run_bf16
 from .config import SearchConfig
 from .stability import StabilityWatch
 from .step_meter import DeviceMeter, HostMeter, Measured, PendingMeasure, Reading
@@ -99,6 +100,7 @@ class SearchLoop:
         self.device = bank.state.values.device
         self.deferred = self.device.type in DEFERRED
         self._scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
+        self._sound_convs = SoundConvs(network.root, may_run_bf16(network.root, self.device))
         self._good = self.gates()
         self._shape: torch.Size | None = None
         self.num_classes = 0
@@ -196,7 +198,9 @@ class SearchLoop:
     def _update(self, loss: Tensor) -> None:
         config, gates = self.config, self.state.gates
         self.bank.zero_grad()
-        (loss * self._scale if self._scale != 1.0 else loss).backward()
+        self._sound_convs.backward(
+            loss * self._scale if self._scale != 1.0 else loss, caller="search"
+        )
         if self._scale != 1.0:
             self.bank.grad.div_(self._scale)
         self._ops.gate_step_(
@@ -267,7 +271,8 @@ class SearchLoop:
 
     def _logits(self, images: Tensor) -> Tensor:
         try:
-            outputs = self.network(self.place(images))
+            with self._sound_convs("search"):
+                outputs = self.network(self.place(images))
         except (PfsError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, TypeError) as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, LoaderError, ModelError, PfsError
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches, split_outputs
+from .bf16_convs import SoundConvs, may_run_bf16
 from .onednn import in_layout
 from .recipes import AMP_MODES, autocast_dtype
 
@@ -98,6 +99,7 @@ class Forward:
         self.dtype = next(floating, torch.float32)
         self.autocast = autocast
         self.layout = layout
+        self._sound_convs = SoundConvs(plain, may_run_bf16(plain, device, autocast))
         self.sum_dtype = torch.float32 if device.type == "mps" else torch.float64  # mps lacks fp64
 
     def __call__(
@@ -117,8 +119,11 @@ class Forward:
         if self.layout is not None and images.dim() == 4:
             images = in_layout(images, self.layout)
         try:
-            with torch.autocast(
-                self.device.type, dtype=self.autocast, enabled=self.autocast is not None
+            with (
+                torch.autocast(
+                    self.device.type, dtype=self.autocast, enabled=self.autocast is not None
+                ),
+                self._sound_convs(watch.caller),
             ):
                 outputs = model(images)
         except (torch.OutOfMemoryError, PfsError):
