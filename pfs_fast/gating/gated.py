@@ -35,7 +35,7 @@ from .gated_layers import (
 from .gates import GateBank
 
 # Layers with weights that were cast to the dtype of the search.
-_LAYERS = (FrozenConv, FusedNorm, GatedOutput, _ConvNd, nn.Linear, *NORMS)
+_LAYERS = (FrozenConv, FusedNorm, GatedOutput, _ConvNd, nn.Linear, nn.PReLU, *NORMS)
 _ACTIVATIONS = frozenset({"relu", "relu6", "silu", "hardswish"})
 
 

@@ -51,8 +51,9 @@ class SearchConfig:
             ``"fp32"`` never has, whatever PyTorch's settings say. Statistics and gates are float32 at least.
         backend: ``"fused"``: the compiled operators. ``"reference"``: plain PyTorch. ``"auto"``: fused; an error, not a
             fallback, where they are missing.
-        compact: Allow channels whose gate is absorbed at 0 to be left out of the computation while searching. The result
-            is the same either way.
+        compact: Allow channels whose gate is absorbed at 0 to be left out of the computation while searching. No value changes
+            but by rounding, which is 3e-14 in fp64. In fp32 and bf16 it grows with the steps: 10 to 15 % of the kept channels
+            differed with it in short searches (VGG-16 and ResNet-20, 180 steps, lr 0.1).
         select: ``"last"``: gates after the last step. ``"best"``: those of the epoch with the best validation accuracy
             among epochs with a share of non-zero gates of ``target`` at most, else the last (the official code's rule);
             needs ``val_loader``.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import LoaderError, NonFiniteLossError, PfsError
+from ..errors import LoaderError, ModelError, NonFiniteLossError, PfsError
 from ..gating.compaction import Compaction
 from ..gating.gated import GatedNetwork
 from ..gating.gates import GateBank, GateState
@@ -27,6 +27,7 @@ from ..training.batches import (
     require_gradient,
     split_outputs,
 )
+from ..training.bf16_convs import SoundConvs, may_run_bf16
 from .config import SearchConfig
 from .stability import StabilityWatch
 from .step_meter import DeviceMeter, HostMeter, Measured, PendingMeasure, Reading
@@ -108,6 +109,7 @@ class SearchLoop:
         self.device = bank.state.values.device
         self.deferred = self.device.type in DEFERRED
         self._scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
+        self._sound_convs = SoundConvs(network.root, may_run_bf16(network.root, self.device))
         self._good = self.gates()
         self._shape: torch.Size | None = None
         self.num_classes = 0
@@ -206,7 +208,9 @@ class SearchLoop:
         require_gradient(loss, "search")
         config, gates = self.config, self.state.gates
         self.bank.zero_grad()
-        (loss * self._scale if self._scale != 1.0 else loss).backward()
+        self._sound_convs.backward(
+            loss * self._scale if self._scale != 1.0 else loss, caller="search"
+        )
         if self._scale != 1.0:
             self.bank.grad.div_(self._scale)
         self._ops.gate_step_(
@@ -277,11 +281,19 @@ class SearchLoop:
 
     def _logits(self, images: Tensor) -> Tensor:
         try:
-            outputs = self.network(self.place(images))
+            with self._sound_convs("search"):
+                outputs = self.network(self.place(images))
         except (PfsError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             if images.shape == self._shape:  # the same went well before
+                raise
+            if self._dtype in (torch.bfloat16, torch.float16) and _is_of_dtypes(error):
+                raise ModelError(
+                    f"search: model must run in {self.config.precision}, which its forward mixes with other dtypes, got an error "
+                    f"({error}); use SearchConfig(precision='fp32')"
+                ) from error
+            if isinstance(error, TypeError):
                 raise
             raise LoaderError(
                 f"search: images must fit the model in every batch, got shape {list(images.shape)}: {error}; resize them, or "
@@ -477,6 +489,10 @@ class _PendingEntry(NamedTuple):
 
     def ready(self) -> bool:
         return self.measure.ready()
+
+
+def _is_of_dtypes(error: Exception) -> bool:
+    return any(word in str(error).lower() for word in ("dtype", "scalar type", "bfloat16", "half"))
 
 
 def _num_correct(logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .._cuda_settings import cuda_settings
 from .._modules import require_module
 from ..errors import ConfigError, LoaderError, ModelError, NonFiniteLossError, PfsError
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches, split_outputs
+from .bf16_convs import SoundConvs, may_run_bf16
 from .onednn import in_layout
 from .recipes import AMP_MODES, autocast_dtype, float32_products
 
@@ -127,6 +128,7 @@ class Forward:
         self.autocast = autocast
         self.layout = layout
         self.to_nchw = to_nchw
+        self._sound_convs = SoundConvs(plain, may_run_bf16(plain, device, autocast))
         self.sum_dtype = torch.float32 if device.type == "mps" else torch.float64  # mps lacks fp64
 
     def __call__(
@@ -146,7 +148,7 @@ class Forward:
         images = self._laid_out(images)
         random = _random_state(self.device) if first else None
         try:
-            outputs = self._run(model, images)
+            outputs = self._run(model, images, watch.caller)
         except (torch.OutOfMemoryError, PfsError):
             raise
         except (RuntimeError, ValueError) as error:
@@ -164,10 +166,11 @@ class Forward:
             images if self.layout is None or images.dim() != 4 else in_layout(images, self.layout)
         )
 
-    def _run(self, model: nn.Module, images: Tensor) -> Any:
-        with torch.autocast(
+    def _run(self, model: nn.Module, images: Tensor, caller: str) -> Any:
+        autocast = torch.autocast(
             self.device.type, dtype=self.autocast, enabled=self.autocast is not None
-        ):
+        )
+        with autocast, self._sound_convs(caller):
             return model(images)
 
     def _run_in_nchw(self, model: nn.Module, images: Tensor, error: Exception, caller: str) -> Any:
@@ -180,7 +183,7 @@ class Forward:
             if self.to_nchw is not None:
                 self.to_nchw()
             try:
-                outputs = self._run(model, nchw)
+                outputs = self._run(model, nchw, caller)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError):
