@@ -32,6 +32,8 @@ class Limits:
         macs: Largest number of multiply-accumulates of one image.
         params: Largest number of parameters.
         multiple_of: Widths of prunable groups are multiples of this many channels.
+        preferred: The multiple may be dropped for single groups where the budget could not be met otherwise; every width up
+            to the whole one can be reached.
         min_channels: Every group keeps at least this many channels.
         weight_bytes: Largest number of bytes of all parameters.
         peak_activation_bytes: Largest number of bytes of activations that live at once.
@@ -50,6 +52,7 @@ class Limits:
     latency_ms: float | None = None
     widths: Widths = field(default=(), repr=False)
     ignore: tuple[str, ...] = field(default=(), repr=False)
+    preferred: bool = field(default=False, repr=False)
     run: Deployment = field(default_factory=Deployment, repr=False)
 
     def allow(self, cost: tuple[int, int]) -> bool:
@@ -81,8 +84,9 @@ class Budget:
         latency_ms: Milliseconds of one forward pass of ``batch`` images, as measured on ``device``.
         peak_activation_bytes: Share of the searched network's, or number of, bytes of the activations of ``batch`` images
             that live at the same time (``pfs_fast.measuring.memory`` says what counts).
-        multiple_of: Widths are multiples of this many channels; a group narrower than this keeps its full width.
-            ``"auto"``: 8 where ``device`` has tensor cores for ``precision``, else 1.
+        multiple_of: Widths are multiples of this many channels. ``"auto"``: the multiple that the target computes fast
+            (`Deployment.preferred_multiple`), dropped for single groups where the budget could not be met otherwise. A
+            number holds strictly, and a group narrower than it keeps its full width; 1 gives the paper's exact structures.
         min_channels: Every prunable group keeps at least this many channels (or all, if it has fewer).
         weight_bytes: Share of the reference's, or number of, bytes of all parameters in ``precision``.
         widths: Least and most channels of layers, ``{"layer3.*": (8, 64)}``. An integer is a number of channels, a float in
@@ -108,7 +112,7 @@ class Budget:
     params: float | int | None = None
     latency_ms: float | None = None
     peak_activation_bytes: float | int | None = None
-    multiple_of: int | str = 1
+    multiple_of: int | str = "auto"
     min_channels: int = 1
     weight_bytes: float | int | None = None
     widths: Mapping[str, tuple[Width, Width]] | Widths = ()
@@ -215,6 +219,7 @@ class Budget:
             latency_ms=self.latency_ms,
             widths=self.widths,
             ignore=self.ignore,
+            preferred=self.multiple_of == "auto",
             run=run,
         )
 
@@ -231,16 +236,16 @@ class Budget:
             elif value is not None:
                 whole = "whole network" if name == "peak_activation_bytes" else "reference"
                 yield f"{name} <= {value:g} of the {whole}"
-        for name in ("multiple_of", "min_channels"):
-            if getattr(self, name) not in (1, None):
+        for name, default in (("multiple_of", "auto"), ("min_channels", 1)):
+            if getattr(self, name) != default:
                 yield f"{name} = {getattr(self, name)}"
         for pattern, (least, most) in self.widths:
             yield f"width of {pattern} in {_end(least)}..{_end(most)}"
         if self.ignore:
             yield f"ignore {', '.join(self.ignore)}"
-        default = Deployment()
+        usual = Deployment()
         for name in ("batch", "precision", "device", "threads"):
-            if getattr(self, name) != getattr(default, name):
+            if getattr(self, name) != getattr(usual, name):
                 yield f"{name} {getattr(self, name)}"
 
 

@@ -135,7 +135,11 @@ class SearchResult:
         return replace(structure, limits=checks)
 
     def pareto(
-        self, shares: Sequence[float] | None = None, *, multiple_of: int = 1, min_channels: int = 1
+        self,
+        shares: Sequence[float] | None = None,
+        *,
+        multiple_of: int | str = "auto",
+        min_channels: int = 1,
     ) -> list[Structure]:
         """Structures along the whole range of budgets, smallest first.
 
