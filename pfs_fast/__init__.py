@@ -22,6 +22,7 @@ from .searching.config import SearchConfig
 from .searching.result import SearchResult
 from .searching.search import search
 from .searching.seeds import SearchResults
+from .slimming.fold import fold
 from .slimming.slim import slim
 from .slimming.verify import verify
 from .storage.io import export, load, save
@@ -49,6 +50,7 @@ __all__ = [
     "errors",
     "evaluate",
     "export",
+    "fold",
     "load",
     "models",
     "ops",
