@@ -102,7 +102,8 @@ class SearchResult:
         keep, measured = meters.choose(*self._scores(ranking), limits)
         solver.warn_of_dead_groups(self.groups, self.flat_gates.numpy(), keep)
         checks = meters.checks(keep, limits, measured)
-        return Structure.from_keep(self.groups, keep, self._cost_model, checks)
+        multiple = limits.multiple_of if limits.preferred else 1
+        return Structure.from_keep(self.groups, keep, self._cost_model, checks, multiple)
 
     @property
     def meters(self) -> Meters:
@@ -262,7 +263,8 @@ class SearchResult:
             "other": [self.groups.other_macs, self.groups.other_params],
             "input_shape": self.input_shape,
         }
-        if needs_model(self.budget):  # without the model nobody could find it again
+        # Without the model, or on another processor, nobody could find it again.
+        if needs_model(self.budget) or self.budget.multiple_of == "auto":
             metadata["structure"] = self.structure.to_json()
         return tensors, metadata
 
