@@ -47,6 +47,10 @@ class BackendError(PfsError, RuntimeError):
     """A compiled backend or an optional package was asked for and is not there."""
 
 
+class BusyMachineError(PfsError, RuntimeError):
+    """A latency cannot be measured: the times scatter too widely to decide by; the message says what to do."""
+
+
 class NonFiniteLossError(PfsError, RuntimeError):
     """The loss became NaN or infinite; the message says at which step and what to try.
 

@@ -98,7 +98,8 @@ class Budget:
         precision: dtype of the slim network: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"fp64"``; for bytes and latency.
         device: Where the slim network will run, for latency and ``"auto"``; None: the current CUDA device where there is
             one, else the CPU.
-        threads: CPU threads, for latency; None: as many as PyTorch uses.
+        threads: CPU threads, for latency, at most 8 for each processor that the process may use; None: as many as PyTorch
+            uses.
 
     Raises:
         BudgetError: For a value outside its range, or if no limit is set.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+_THREADS_EACH = 8  # of a processor; far more than this cannot all be started
 
 CPU_MULTIPLES = {"AVX512": 16, "DEFAULT": 8}
 """Channels of a block in which the convolutions of oneDNN and ONNX Runtime lay out their data, by vector length."""
@@ -32,7 +34,7 @@ class Deployment:
             CPU.
         batch: Images in one forward pass.
         precision: dtype of weights, images and activations: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"fp64"``.
-        threads: CPU threads; None: as many as PyTorch uses now.
+        threads: CPU threads; None: as many as PyTorch uses now. ``place_to_measure`` bounds them.
 
     Raises:
         BudgetError: For a value outside its range.
@@ -93,6 +95,23 @@ class Deployment:
         assert self.device is not None
         return (torch.device(self.device).index or 0) < _num_cuda_devices()
 
+    def place_to_measure(self) -> torch.device:
+        """The device, once it is certain that a network can be timed on it with so many threads.
+
+        A budget may be made or loaded on another machine than the one that measures, so it is here that threads are bounded.
+
+        Raises:
+            BudgetError: The device is not there, or this process may use too few processors.
+        """
+        device, processors = self.place(), _processors()
+        most = _THREADS_EACH * processors
+        if self.threads is not None and self.threads > most:
+            raise BudgetError(
+                f"Budget: threads must be at most {most}, {_THREADS_EACH} for each of the {processors} processors that this "
+                f"process may use, got {self.threads}; pass at most {most}, or leave it out"
+            )
+        return device
+
     def preferred_multiple(self) -> int:
         """The multiple of channels that the target computes fast, by `CPU_MULTIPLES` and `TENSOR_CORE_MULTIPLE`.
 
@@ -112,6 +131,13 @@ class Deployment:
 
 def _num_cuda_devices() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _parsed(device: object) -> torch.device:

@@ -60,6 +60,16 @@ def limit_table(checks: Sequence[LimitCheck]) -> list[tuple[str, ...]]:
     return rows
 
 
+def limit_notes(checks: Sequence[LimitCheck]) -> list[str]:
+    """What the figures of ``limit_table`` are that do not speak for themselves; none without a measured latency."""
+    if not any(c.name == "latency_ms" and c.measured is not None for c in checks):
+        return []
+    return [
+        "predicted latency: sum of layers timed alone, times one factor that fits it to the first whole network",
+        "measured latency: the slim network timed end to end, ± half the distance between the quartiles; the limit is for it",
+    ]
+
+
 def show(name: str, value: int | float) -> str:
     """A cost as text: whole numbers with commas, milliseconds with four digits."""
     return f"{value:.4g}" if name == "latency_ms" else f"{value:,.0f}"

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import FileFormatError, StructureError
 from ..graph.groups import ChannelGroups
 from .cost import CostModel
-from .limit_check import LimitCheck, limit_table, read_checks
+from .limit_check import LimitCheck, limit_notes, limit_table, read_checks
 
 FORMAT = "pfs_fast.structure"
 VERSION = 3  # 1 had no limits, 2 no preferred multiple
@@ -190,7 +190,9 @@ class Structure:
         )
         text = aligned(rows)
         if self.limits:
-            text += "\n\n" + aligned(limit_table(self.limits))
+            text += "\n\n" + "\n".join(
+                [aligned(limit_table(self.limits)), *limit_notes(self.limits)]
+            )
         if self.off_multiple:
             some = ", ".join(f"{name} ({channels})" for name, channels in self.off_multiple.items())
             text += (

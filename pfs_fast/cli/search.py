@@ -163,6 +163,9 @@ def run(arguments: argparse.Namespace) -> None:
     results = found if isinstance(found, SearchResults) else [found]
     for result, folder in zip(results, folders, strict=True):
         _write(result, folder, arguments, spec, source)
+    for result, folder in zip(results, folders, strict=True):  # may fail: a latency is measured
+        text = result.structure.to_json(indent=1) + "\n"
+        write_text_atomic(folder / run_folder.STRUCTURE, text, caller="search")
     print(found.report() if isinstance(found, SearchResults) else found.structure)
     for result, folder in zip(results, folders, strict=True):
         if seeds is not None:
@@ -178,8 +181,6 @@ def _write(
     source: DataSpec,
 ) -> None:
     result.save(folder / run_folder.SEARCH)
-    text = result.structure.to_json(indent=1) + "\n"
-    write_text_atomic(folder / run_folder.STRUCTURE, text, caller="search")
     shown = {k: v for k, v in vars(arguments).items() if k not in ("run", "debug", "command")}
     versions = {"pfs_fast": pfs_fast.__version__, "torch": str(torch.__version__)}
     run_folder.Record(spec, source, result.reference, shown, versions).write(folder)

@@ -177,7 +177,8 @@ def _prepare(arguments: argparse.Namespace) -> _Job:
             f"--model and --data must be given with '{target}', which has no run.json beside it"
         )
     file = target / run_folder.STRUCTURE if target.is_dir() else target
-    structure = run_folder.read_structure(file)
+    if budget is None:
+        structure = run_folder.read_structure(file)
     out = run_folder.make_folder(arguments.out or folder, "train")
     source = data_spec(arguments, record and record.data)
     splits = source.splits()
@@ -191,7 +192,9 @@ def _prepare(arguments: argparse.Namespace) -> _Job:
         if not target.is_dir():
             raise UsageError("--budget needs the folder of a search, which has the gates")
         model = spec.build(arguments.seed) if needs_model(budget) else None
-        structure = SearchResult.load(target / run_folder.SEARCH, model).structure_for(budget)
+        result = SearchResult.load(target / run_folder.SEARCH, model)
+        result.progress = not arguments.quiet
+        structure = result.structure_for(budget)
     reference = structure.base_macs if record is None else record.reference[0]
     return _Job(spec, source, splits, structure, reference, out)
 

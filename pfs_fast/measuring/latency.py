@@ -20,6 +20,7 @@ from torch import fx, nn
 from ..budgets.deployment import Deployment
 from ..graph.narrow import BATCH_NORMS
 from ..graph.sides import Sides
+from .bars import Bars, silent
 from .latency_cache import LatencyCache, machine_key
 from .latency_layers import operations
 from .latency_table import measured_tables
@@ -39,12 +40,13 @@ class LatencyModel:
         run: Device, batch, precision, threads.
         timer: Measures; default: the device's clock.
         cache: Folder of the tables; default: ``latency_cache.cache_folder()``.
+        bars: Show how many layers are measured.
 
     Attributes:
         scale: Factor from the sum over the layers to a whole network, as ``latency_fit`` found it at the first one.
 
     Raises:
-        BudgetError: The device is not there.
+        BudgetError: The device is not there, or has not the processors for so many threads.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class LatencyModel:
         *,
         timer: Timer | None = None,
         cache: str | os.PathLike[str] | None = None,
+        bars: Bars = silent,
     ) -> None:
-        device = run.place()
+        device = run.place_to_measure()
         self.run, self.device, self.input_shape = run, device, tuple(input_shape)
         self.timer = DeviceTimer(device, run.threads) if timer is None else timer
         self.channels_last = _is_channels_last(graph_module)
@@ -70,7 +73,7 @@ class LatencyModel:
                 graph_module, (images,), unit_of_label, device, run.dtype, self.channels_last
             )
             kept = LatencyCache(machine_key(run, self.input_shape, layout), cache)
-            tables = measured_tables(found, self.timer, kept)
+            tables = measured_tables(found, self.timer, kept, bars)
         self._sides = Sides(num_units, [u for op in found for u in (op.in_units, op.out_units)])
         rows = {key: row for row, key in enumerate(tables)}
         self._tables = list(tables.values())

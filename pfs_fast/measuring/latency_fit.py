@@ -13,7 +13,9 @@ from torch import nn
 from ..budgets.budget import Limits
 from ..budgets.solver import Sweep
 from ..errors import InfeasibleBudgetError
+from .bars import Bar, Bars, silent
 from .latency import LatencyModel
+from .noise import busy, decides, shown
 from .timing import Task, Timing
 
 _FEW, _MANY = 9, 25  # turns: as many as last about 4 seconds, two networks in each
@@ -21,12 +23,18 @@ _TURNS_MS = 4000
 _AIM = 0.96  # of the limit: room for the measured noise
 _GOOD_ENOUGH = 0.92
 _ROUNDS = 10
-_TRIES = 3
+_TRIES = 3  # of a measurement whose times scatter
+_TRIES_OF_NOISE = 6  # of one that decides nothing
+_TRIES_MS = 60_000  # for all tries after the first ones; half of it is kept for those of noise
 _CALM, _NOISY = 0.08, 0.15  # half the distance between the quartiles, of the median
 
 
 def fit(
-    model: LatencyModel, sweep: Sweep, limits: Limits, build: Callable[[np.ndarray], nn.Module]
+    model: LatencyModel,
+    sweep: Sweep,
+    limits: Limits,
+    build: Callable[[np.ndarray], nn.Module],
+    bars: Bars = silent,
 ) -> tuple[np.ndarray, Timing]:
     """The largest structure whose measured latency is within the limit, and all other limits with it.
 
@@ -40,21 +48,25 @@ def fit(
         sweep: Structures to choose from.
         limits: With ``latency_ms``.
         build: A network with fresh weights for kept units.
+        bars: Show how many networks are measured.
 
     Returns:
         Kept units [num_units], bool, and the measured milliseconds.
 
     Raises:
         InfeasibleBudgetError: The smallest structure takes longer; prints the measured range.
+        BusyMachineError: The times scatter too widely to decide by (``noise.decides``), or the smallest structure seems
+            slower than the whole network, after several tries.
 
     Warns:
         UserWarning: The times scatter widely: the machine has other work, and the result is no better than they are.
     """
-    keep, timing = _Fit(model, sweep, limits, build).run()
+    with bars(_ROUNDS + 1, "measuring networks") as bar:
+        keep, timing = _Fit(model, sweep, limits, build, bar).run()
     if timing.spread > _NOISY * timing.median:
         warnings.warn(
-            f"latency: the machine must have no other work while it is measured, got {timing.median:.4g} ms with a spread of "
-            f"{timing.spread:.2g} ms; ask for the structure again when it is quiet",
+            f"latency: the machine must have no other work while it is measured, got {shown(timing)}; "
+            "ask for the structure again when it is quiet",
             UserWarning,
             stacklevel=2,
         )
@@ -72,16 +84,20 @@ class _Fit:
         sweep: Sweep,
         limits: Limits,
         build: Callable[[np.ndarray], nn.Module],
+        bar: Bar,
     ) -> None:
         assert limits.latency_ms is not None
         self.model, self.sweep, self.limits, self.build = model, sweep, limits, build
         self.limit: float = limits.latency_ms
+        self.bar = bar
+        self._tries_ms: float = _TRIES_MS
         # The widest network that the other limits allow. Every other one is timed in turns with it, since a machine that
         # has other work is slower now and faster later: what stays is how much faster one network is than the other.
         self.most = sweep.largest_steps(replace(limits, latency_ms=None))
         self._reference = model.task(build(sweep.keep(self.most)))
         self._count = _FEW
         self._reference_times = self._turns(self._reference)
+        bar.update()
         turns = int(_TURNS_MS / (2 * self._reference_times[0].median))
         self._count = min(max(turns, _FEW), _MANY)
         self._ratios = {self.most: Timing(1.0, 0.0, 1.0)}
@@ -96,41 +112,91 @@ class _Fit:
                 break
             above = min(s for s in times if times[s] > self.limit and (best is None or s > best))
             if above == 0:
-                raise InfeasibleBudgetError(self._infeasible())
+                self._check_smallest()
+                continue
             if best is not None and (times[best] >= _GOOD_ENOUGH * self.limit or above == best + 1):
                 break
             self._measure(self._next(times, best, above, bisect=turn % 3 == 2))
+            self.bar.update()
         times = {steps: self._time(steps) for steps in self._ratios}
         within = [steps for steps, timing in times.items() if timing.median <= self.limit]
         if not within:
             self._measure(0)
-            if self._time(0).median > self.limit:
-                raise InfeasibleBudgetError(self._infeasible())
+            self._check_smallest()
             within = [0]
         best = max(within)
-        return self.sweep.keep(best), self._time(best)
+        timing = self._time(best)
+        self._check_noise([timing])
+        return self.sweep.keep(best), timing
+
+    def _check_smallest(self) -> None:
+        """Raises where the smallest structure is above the limit.
+
+        Where it also seems slower than the whole network, that is noise, and it is measured again.
+        """
+        whole = np.ones_like(self.sweep.keep(0))
+        for tries in range(_TRIES):
+            if tries:
+                self._measure(0)
+            smallest = self._time(0)
+            if smallest.median <= self.limit:
+                return
+            same = self.sweep.keep(self.most).all()
+            largest = self._time(self.most) if same else self._scaled(self._ratio(whole))
+            if smallest.median <= largest.median:
+                self._check_noise([smallest])
+                raise InfeasibleBudgetError(self._infeasible(smallest, largest))
+        raise busy(
+            f"{shown(smallest)} for the smallest structure and {shown(largest)} for the whole network",
+            self.limit,
+            self.model.run,
+        )
 
     def _measure(self, steps: int) -> None:
-        task = self.model.task(self.build(self.sweep.keep(steps)))
-        found, reference = self._turns(task, self._reference)
+        self._ratios[steps] = self._ratio(self.sweep.keep(steps))
+
+    def _ratio(self, keep: np.ndarray) -> Timing:
+        """Time of a network as a share of the reference's, both taken in turns."""
+        found, reference = self._turns(self.model.task(self.build(keep)), self._reference)
         self._reference_times.append(reference)
         scale = 1 / reference.median
-        self._ratios[steps] = Timing(*(scale * value for value in found))
+        return Timing(*(scale * value for value in found))
 
     def _turns(self, *tasks: Task) -> list[Timing]:
-        """Times of tasks in turns: those of a calm moment, if there is one within a few tries."""
+        """Times of tasks in turns: those of a calm moment, if there is one within a few tries.
+
+        Times that decide nothing get more tries, while there is time for them.
+        """
         tries: list[list[Timing]] = []
-        while len(tries) < _TRIES:
+        most, kept_ms = 1, 0.0
+        while len(tries) < most and (not tries or self._tries_ms > kept_ms):
             tries.append(self.model.timer(tasks, self._count))
-            if _scatter(tries[-1]) <= _CALM:
+            if len(tries) > 1:
+                self._tries_ms -= self._count * sum(timing.median for timing in tries[-1])
+            found = min(tries, key=_scatter)
+            self.bar.update(0, last=shown(found[0]), limit=f"{self.limit:.4g} ms")
+            if not all(decides(timing, self.limit) for timing in found):
+                most, kept_ms = _TRIES_OF_NOISE, 0.0
+            elif _scatter(found) > _CALM:
+                most, kept_ms = _TRIES, _TRIES_MS / 2
+            else:
                 break
-        return min(tries, key=_scatter)
+        self._check_noise(found, f" at best of {len(tries)} tries")
+        return found
+
+    def _check_noise(self, timings: Sequence[Timing], tries: str = "") -> None:
+        for timing in timings:
+            if not decides(timing, self.limit):
+                raise busy(shown(timing) + tries, self.limit, self.model.run)
 
     def _time(self, steps: int) -> Timing:
-        """Milliseconds at a place that was measured, by all that is known of the reference."""
+        """Milliseconds at a place that was measured."""
+        return self._scaled(self._ratios[steps])
+
+    def _scaled(self, ratio: Timing) -> Timing:
+        """Milliseconds of a share of the reference's time, by all that is known of the reference."""
         reference = statistics.median(t.median for t in self._reference_times)
         spread = statistics.median(t.spread for t in self._reference_times)
-        ratio = self._ratios[steps]
         return Timing(
             ratio.median * reference,
             max(ratio.spread * reference, ratio.median * spread),
@@ -159,9 +225,8 @@ class _Fit:
                 above = middle
         return max(below, first)
 
-    def _infeasible(self) -> str:
-        whole = self.model.measure(self.build(np.ones_like(self.sweep.keep(0))))
-        smallest, limits, run = self._time(0), self.limits, self.model.run
+    def _infeasible(self, smallest: Timing, whole: Timing) -> str:
+        limits, run = self.limits, self.model.run
         rules = ", widen widths or ignore less" if limits.widths or limits.ignore else ""
         return (
             f"solve: budget must be feasible: latency_ms must be in [{smallest.median:.4g}, {whole.median:.4g}] (measured on "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
+from .bars import Bars, silent
 from .latency_cache import LatencyCache, Points
 from .latency_layers import Operation
 from .timing import Timer
@@ -43,30 +45,38 @@ class Table:
 
 
 def measured_tables(
-    found: Sequence[Operation], timer: Timer, cache: LatencyCache
+    found: Sequence[Operation], timer: Timer, cache: LatencyCache, bars: Bars = silent
 ) -> dict[tuple[str, Grid], Table]:
     """A table for every distinct layer. What the cache does not know is measured, and added to it.
 
-    All widths of a layer take turns while they are measured.
+    All widths of a layer take turns while they are measured. ``bars`` shows how many layers are done.
     """
     distinct = {(op.signature, op.grid()): op for op in found}
-    new: Points = {}
-    tables = {}
-    for (signature, grid), op in distinct.items():
-        known = {**cache.points.get(signature, {}), **new.get(signature, {})}
-        missing = [task for task in op.tasks() if _key(task.widths) not in known]
-        if missing:
-            timings = timer(missing, _SAMPLES)
-            times = {
-                _key(task.widths): max(float(timing.best), 1e-9)
-                for task, timing in zip(missing, timings, strict=True)
-            }
-            new.setdefault(signature, {}).update(times)
-            known.update(times)
-        rows = [[known[_key((i, o))] for o in grid[1]] for i in grid[0]]
-        tables[signature, grid] = Table(grid, np.array(rows, dtype=np.float64))
-    if new:
+    unknown = [
+        (signature, grid)
+        for signature, grid in distinct
+        if {_key(pair) for pair in itertools.product(*grid)}
+        - cache.points.get(signature, {}).keys()
+    ]
+    if unknown:
+        new: Points = {}
+        with bars(len(unknown), "measuring layers") as bar:
+            for signature, grid in unknown:
+                known = cache.points.get(signature, {}).keys() | new.get(signature, {}).keys()
+                tasks = distinct[signature, grid].tasks()
+                missing = [task for task in tasks if _key(task.widths) not in known]
+                timings = timer(missing, _SAMPLES) if missing else []
+                new.setdefault(signature, {}).update(
+                    (_key(task.widths), max(float(timing.best), 1e-9))
+                    for task, timing in zip(missing, timings, strict=True)
+                )
+                bar.update()
         cache.add(new)
+    tables = {}
+    for signature, grid in distinct:
+        times = cache.points[signature]
+        rows = [[times[_key((i, o))] for o in grid[1]] for i in grid[0]]
+        tables[signature, grid] = Table(grid, np.array(rows, dtype=np.float64))
     return tables
 
 

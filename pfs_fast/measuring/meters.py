@@ -18,6 +18,7 @@ from ..graph.analysis import ChannelGraph, channel_graph
 from ..graph.groups import ChannelGroups
 from ..graph.trace import trace
 from ..slimming.slim import slim
+from .bars import Bars, silent
 from .latency import LatencyModel
 from .latency_fit import fit
 from .memory import ActivationModel, allocations
@@ -35,6 +36,7 @@ class Meters:
         model: The whole network, never modified; None where it is not known.
         input_shape: Of one image, (C, H, W).
         graph: Analysis of the model, if there is one; else the model is traced when it is needed.
+        bars: Show how far a measurement of latency is.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Meters:
         model: nn.Module | None,
         input_shape: tuple[int, ...] | None,
         graph: ChannelGraph | None = None,
+        bars: Bars = silent,
     ) -> None:
         self.groups, self.cost_model = groups, cost_model
+        self.bars = bars
         self.model, self.input_shape = model, input_shape
         self._graph = graph
         self._memory: dict[tuple[int, str], ActivationModel] = {}
@@ -73,6 +77,7 @@ class Meters:
 
         Raises:
             BudgetError, InfeasibleBudgetError: As ``solver.solve``; for a device that is not there.
+            BusyMachineError: Latency is limited, and its times scatter too widely.
             ModelError: A limit needs the model, which is not known.
         """
         sweep = Sweep.within(
@@ -80,7 +85,7 @@ class Meters:
         )
         if limits.latency_ms is None:
             return sweep.largest(limits), {}
-        keep, timing = fit(self.latency(limits.run), sweep, limits, self._fresh)
+        keep, timing = fit(self.latency(limits.run), sweep, limits, self._fresh, self.bars)
         return keep, {"latency_ms": timing}
 
     def gauges(self, limits: Limits) -> dict[str, Gauge]:
@@ -108,7 +113,7 @@ class Meters:
     def latency(self, run: Deployment) -> LatencyModel:
         """Milliseconds of a forward pass. The first call measures the layers that the cache does not know."""
         if run not in self._latency:
-            run.place()  # a device that is not there is an error before anything is traced
+            run.place_to_measure()  # what is not there is an error before anything is traced
             graph = self._traced("latency_ms")
             assert self.input_shape is not None
             self._latency[run] = LatencyModel(
@@ -117,6 +122,7 @@ class Meters:
                 self.groups.num_units,
                 self.input_shape,
                 run,
+                bars=self.bars,
             )
         return self._latency[run]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..graph.analysis import channel_graph
 from ..graph.groups import ChannelGroups
 from ..measuring.meters import Meters
 from ..ops import reference as reference_ops
+from ..training.progress import Progress
 from .config import PRECISIONS, SearchConfig, compute_dtype
 from .loop import SearchLoop
 from .result import SearchResult
@@ -47,6 +49,7 @@ class Plan:
         loop: The state machine, at step 0.
         input_shape: Of one image.
         meters: What was measured to judge the budget.
+        progress: Whether measuring shows progress.
     """
 
     model: nn.Module
@@ -57,6 +60,7 @@ class Plan:
     loop: SearchLoop
     input_shape: tuple[int, ...]
     meters: Meters
+    progress: bool
 
     def result(self, gates: tuple[Tensor, Tensor]) -> SearchResult:
         values, died_at = (t.detach().cpu().clone() for t in gates)
@@ -70,6 +74,7 @@ class Plan:
             list(self.loop.state.history),
             self.model,
             self.input_shape,
+            self.progress,
         )
         result._meters = self.meters
         return result
@@ -85,12 +90,14 @@ def prepare(
     example_input: Tensor | tuple[Tensor, ...] | None = None,
     reference: nn.Module | int | None = None,
     track_stats: bool = False,
+    progress: bool = True,
 ) -> Plan:
     """Analyse a model and attach its gates; arguments and errors as in ``search``.
 
     Args:
         images: A batch of the loader. [N, C, H, W].
         track_stats: Keep running statistics, for validation.
+        progress: Show how far the measurement of a latency limit is.
     """
     example = images[:1] if example_input is None else example_input
     graph = channel_graph(model, _for_model(example, model))
@@ -98,7 +105,9 @@ def prepare(
     groups = without_ignored(groups, budget.ignore)
     cost_model = CostModel(groups)
     share_base = _reference(reference, budget, example, cost_model.base)
-    meters = Meters(groups, cost_model, model, tuple(images.shape[1:]), graph)
+    shape = tuple(images.shape[1:])
+    bars = partial(Progress, enabled=progress)
+    meters = Meters(groups, cost_model, model, shape, graph, bars)
     # An infeasible budget is an error before any training. Every structure starts from the same floor.
     limits = meters.limits(budget, share_base)
     alike = np.zeros(groups.num_units)
@@ -144,7 +153,7 @@ def prepare(
             config.ranks_by,
         )
     loop = SearchLoop(network, bank, config, kernels, dtype, compaction, watch)
-    return Plan(model, groups, budget, share_base, config, loop, tuple(images.shape[1:]), meters)
+    return Plan(model, groups, budget, share_base, config, loop, shape, meters, progress)
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:

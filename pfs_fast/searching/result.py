@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,18 @@ from ..budgets.budget import Budget
 from ..budgets.cost import CostModel
 from ..budgets.ranking import RANKINGS, Ranking
 from ..budgets.structure import Structure
-from ..errors import ConfigError, FileFormatError, ModelError
+from ..errors import (
+    BusyMachineError,
+    ConfigError,
+    FileFormatError,
+    InfeasibleBudgetError,
+    ModelError,
+)
 from ..graph.groups import ChannelGroup, ChannelGroups, Layer
 from ..measuring.meters import Meters, needs_model
 from ..slimming.slim import slim as make_slim
 from ..storage.files import read_safetensors, write_safetensors
+from ..training.progress import Progress
 from .config import SearchConfig
 
 FORMAT, VERSION = "pfs_fast.search", 3  # 1 knew fewer limits, 2 a single ranking
@@ -42,6 +51,8 @@ class SearchResult:
             ``config.patience`` also structure_change and order_change as of the last look (``pfs_fast.searching.stability.Change``).
         model: The model that was searched, not a copy; None after ``load`` without one.
         input_shape: Of one image, (C, H, W); slim networks carry it, so that ``export`` knows their input.
+        progress: Whether a progress line shows how far a measurement of latency is: as the search was asked, True after
+            ``load``. May be set.
     """
 
     groups: ChannelGroups
@@ -53,6 +64,7 @@ class SearchResult:
     history: list[dict[str, Any]] = field(default_factory=list, repr=False)
     model: nn.Module | None = field(default=None, repr=False)
     input_shape: tuple[int, ...] | None = None
+    progress: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
         self._cost_model = CostModel(self.groups)
@@ -95,6 +107,7 @@ class SearchResult:
             ConfigError: Unknown ranking.
             BudgetError: Malformed, or for a device that is not there. InfeasibleBudgetError: Below the floor; prints the
                 feasible range.
+            BusyMachineError: Latency is limited, and its times scatter too widely to decide by.
             ModelError: A limit on activations or latency, of a result that was loaded without a model.
         """
         meters = self.meters
@@ -110,6 +123,7 @@ class SearchResult:
         """What tells the costs of structures of this search; it keeps what it has measured."""
         if self._meters is None:
             self._meters = Meters(self.groups, self._cost_model, self.model, self.input_shape)
+        self._meters.bars = partial(Progress, enabled=self.progress)
         return self._meters
 
     def measured(self, budget: float | int | Budget | None = None) -> Structure:
@@ -237,6 +251,9 @@ class SearchResult:
 
         Raises:
             FileWriteError: The place cannot be written; an old file there stays as it was.
+
+        Warns:
+            UserWarning: The latency limit could not be measured; the file holds no structure.
         """
         write_safetensors(path, *self.content(), caller="SearchResult.save")
 
@@ -265,7 +282,16 @@ class SearchResult:
         }
         # Without the model, or on another processor, nobody could find it again.
         if needs_model(self.budget) or self.budget.multiple_of == "auto":
-            metadata["structure"] = self.structure.to_json()
+            try:
+                metadata["structure"] = self.structure.to_json()
+            except (BusyMachineError, InfeasibleBudgetError) as error:
+                # The gates took the whole search; a latency that cannot be measured at this moment must not lose them.
+                warnings.warn(
+                    f"SearchResult: structure must be found to be written, got {type(error).__name__} ({error}); the gates "
+                    "are written without it: load them with the model, and ask for the structure then",
+                    UserWarning,
+                    stacklevel=3,
+                )
         return tensors, metadata
 
     @classmethod

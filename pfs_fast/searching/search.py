@@ -94,7 +94,7 @@ def search(
         device: Where to search; default: the current CUDA device where there is one, else the CPU.
         checkpoint: File that the state is written to after each epoch, and from which a search goes on if it exists. The
             order of images is the loader's: ``DeviceLoader`` goes on with the epoch's own permutation.
-        progress: Show a progress line.
+        progress: Show a progress line, also while a latency limit is measured.
         val_loader: Batches to evaluate after each epoch, with running statistics; recorded in the history.
         seeds: Search once for each of these, whole numbers from 0, all different, one after another. Each seed draws fresh
             weights into a copy of the model, as its class does, so what the model holds does not matter; it also takes the
@@ -106,7 +106,7 @@ def search(
         ``SearchResults``, a sequence of them with their similarity and a choice among them.
 
     Raises:
-        BudgetError, InfeasibleBudgetError: Before any training.
+        BudgetError, InfeasibleBudgetError, BusyMachineError: Before any training.
         ConfigError, ModelError, TraceError, LoaderError, BackendError: With argument, rule, value and repair.
         NonFiniteLossError: The loss became NaN or infinite; its attribute ``result`` holds the last good gates, and
             ``results`` the seeds that had ended before.
@@ -185,6 +185,7 @@ def _search(
             example_input=example_input,
             reference=reference,
             track_stats=val_loader is not None,
+            progress=progress,
         )
         saved = None
         if checkpoint is not None:

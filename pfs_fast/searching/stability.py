@@ -13,6 +13,7 @@ from ..budgets.budget import Limits
 from ..budgets.cost import CostModel
 from ..budgets.ranking import Ranking, rank
 from ..budgets.solver import Gauge, Sweep
+from ..errors import InfeasibleBudgetError
 from ..graph.groups import ChannelGroups
 
 MIN_INTERVAL = 10
@@ -128,7 +129,11 @@ class StabilityWatch:
         position[order] = np.arange(len(order), dtype=np.int32)
         ranked = self._ranking.scores(gates, died_at)
         sweep = Sweep.within(self._groups, *ranked, self._limits, self._cost_model, self._gauges)
-        return sweep.largest(self._limits), position
+        try:
+            return sweep.largest(self._limits), position
+        except InfeasibleBudgetError:
+            # The budget was feasible before the first step; only the prediction of a latency says otherwise.
+            return sweep.keep(0), position
 
     # -- checkpoint ------------------------------------------------------------------------------------------------
 

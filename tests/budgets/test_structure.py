@@ -199,8 +199,9 @@ def test_limits_go_through_json_and_leave_equality_alone():
     assert again == s == structure()
     assert [c.holds for c in checks] == [True, True]
     assert not LimitCheck("latency_ms", 2.5, 2.4, 4.0, measured=2.6, spread=0.1).holds
-    rows = [line.split() for line in str(s).splitlines()[-3:]]
-    assert rows == [
+    *_, title, macs, latency, predicted, measured = str(s).splitlines()
+    assert predicted.startswith("predicted latency: ") and measured.startswith("measured latency: ")
+    assert [line.split() for line in (title, macs, latency)] == [
         ["limit", "asked", "predicted", "measured", "whole", "network"],
         ["MACs", "600", "500", "-", "900"],
         ["latency,", "ms", "2.5", "2.4", "2.45", "±", "0.1", "4"],

@@ -14,6 +14,8 @@ from commands import BACKEND, search, train
 import pfs_fast as pfs
 from pfs_fast.cli import main
 from pfs_fast.cli.inputs import DataSpec, ModelSpec
+from pfs_fast.measuring import latency
+from pfs_fast.measuring.timing import Timing
 
 # --- search and train -------------------------------------------------------------------------------------------------
 
@@ -33,6 +35,38 @@ def test_search_writes_gates_structure_and_record(folder, capsys):
     record = json.loads((searched / "run.json").read_text())
     assert record["model"] == {"name": "tiny_network:make", "arguments": {"num_classes": 3}}
     assert str(structure) in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("always:SearchResult:UserWarning")  # printed, not raised
+def test_search_keeps_the_gates_of_every_seed_when_the_machine_is_too_busy_to_measure(
+    folder, monkeypatch, capsys
+):
+    state = {"spread": 0.0}
+
+    def timer(tasks, samples):
+        for task in tasks:
+            task.run()
+        return [Timing(2.0, state["spread"] if task.network else 0.0, 2.0) for task in tasks]
+
+    def search_then_busy(*args, **options):
+        found = real_search(*args, **options)
+        state["spread"] = 2.0
+        return found
+
+    real_search = pfs.search
+    monkeypatch.setenv("PFS_FAST_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(latency, "DeviceTimer", lambda device, threads: timer)
+    monkeypatch.setattr(pfs, "search", search_then_busy)
+    limit = ("--budget", "macs=0.5,latency_ms=3,device=cpu")
+    assert search("--seeds", "0", "1", *limit) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("the gates are written without it") == 2
+    assert "error: latency: the machine must be quiet while it is measured" in shown
+    for seed in (0, 1):
+        own = folder / "runs" / "tiny" / f"seed{seed}"
+        assert {p.name for p in own.iterdir()} == {"search.safetensors", "run.json"}
+    state["spread"] = 0.0
+    assert main(["train", "runs/tiny/seed1", *limit, "--epochs", "1", "--quiet"]) == 0
 
 
 def test_search_writes_a_folder_for_each_of_several_seeds(folder, capsys):

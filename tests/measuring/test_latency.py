@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -13,14 +14,16 @@ from small_nets import batches, cbr, head
 from torch import nn
 
 import pfs_fast as pfs
+from pfs_fast.budgets import deployment
 from pfs_fast.budgets.deployment import Deployment
-from pfs_fast.errors import BudgetError, InfeasibleBudgetError, ModelError
+from pfs_fast.errors import BudgetError, BusyMachineError, InfeasibleBudgetError, ModelError
 from pfs_fast.graph.analysis import channel_graph
-from pfs_fast.measuring import latency
+from pfs_fast.measuring import latency, latency_fit
 from pfs_fast.measuring.latency import LatencyModel
 from pfs_fast.measuring.latency_cache import LatencyCache, cache_folder
 from pfs_fast.measuring.latency_layers import operations
 from pfs_fast.measuring.latency_table import Table
+from pfs_fast.measuring.noise import decides
 from pfs_fast.measuring.timing import DeviceTimer, Task, Timing
 from pfs_fast.searching.loop import SearchLoop
 
@@ -365,6 +368,10 @@ def test_report_shows_what_was_asked_predicted_and_measured(timer):
     rows = {line.split("  ")[0]: line.split() for line in result.report().splitlines()}
     assert rows["limit"][1:4] == ["asked", "predicted", "measured"]
     assert rows["MACs"] and "±" in rows["latency, ms"]
+    text = result.report()
+    assert re.search(r"predicted latency: .*layers timed alone", text)
+    assert re.search(r"measured latency: .*end to end", text)
+    assert "predicted latency" not in search(0.5).report()
     report = result.report(measure=True).splitlines()
     (macs,) = [line.split() for line in report if line.startswith("MACs")][1:]
     assert macs[2] == macs[3] == f"{result.structure.macs:,}"
@@ -372,6 +379,241 @@ def test_report_shows_what_was_asked_predicted_and_measured(timer):
         assert check.holds
         if check.name != "latency_ms":
             assert check.measured == check.predicted <= check.asked
+
+
+# -- a busy machine ------------------------------------------------------------------------------------------------
+
+
+class BusyTimer(FakeTimer):
+    """Networks whose times scatter, or come out too long, in the calls that a test names.
+
+    Args:
+        scatter: Spread as a share of the median, by the number of the call.
+        stretch: Factor on the time, by the network's own time and how often it was timed before.
+        pace: Factor on all times.
+    """
+
+    def __init__(self, scatter=lambda call: 0.01, stretch=lambda ms, before: 1.0, pace=1.0) -> None:
+        super().__init__(slope=1e-4)
+        self.scatter, self.stretch, self.pace = scatter, stretch, pace
+        self.timed: list[tuple[float, ...]] = []  # own times of the networks of each call
+
+    def __call__(self, tasks, samples):
+        if tasks[0].network is None:
+            return super().__call__(tasks, samples)
+        own = [self.network_ms(task.network) for task in tasks]
+        share = self.scatter(len(self.timed))
+        found = []
+        for ms in own:
+            before = sum(ms in call for call in self.timed)
+            time = self.pace * ms * self.stretch(ms, before)
+            found.append(Timing(time, share * time, time))
+        self.timed.append(tuple(own))
+        return found
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Makes a timer the machine's clock."""
+
+    def use(timer: FakeTimer) -> FakeTimer:
+        monkeypatch.setattr(latency, "DeviceTimer", lambda device, threads: timer)
+        return timer
+
+    return use
+
+
+WHOLE = FakeTimer(slope=1e-4).network_ms(network())
+
+
+def test_figure_decides_while_its_spread_is_small_beside_it_or_its_distance_from_the_limit():
+    assert decides(Timing(10.0, 2.5, 9.0), 10.0)
+    assert not decides(Timing(10.0, 2.6, 9.0), 10.0)
+    assert decides(Timing(10.0, 8.0, 9.0), 1e6)
+    for limit in (1.0, 4.0, 79.7):  # within the limit and with a spread as large: never
+        for share in np.linspace(0.01, 1, 50):
+            assert not decides(Timing(share * limit, limit, limit), limit)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+@pytest.mark.parametrize("spread", [0.5, 1.0, 3.0])  # of the median
+def test_spread_as_large_as_the_limit_is_a_busy_machine_before_training(
+    on, monkeypatch, share, spread
+):
+    monkeypatch.setattr(SearchLoop, "step", lambda *_: pytest.fail("trained"))
+    timer = on(BusyTimer(scatter=lambda call: spread))
+    budget = pfs.Budget(latency_ms=share * WHOLE, device="cpu", threads=2)
+    with pytest.raises(BusyMachineError) as caught:
+        search(budget)
+    text = str(caught.value)
+    seen = f"got {WHOLE:.4g} ms with a spread of {spread * WHOLE:.2g} ms at best of 6 tries"
+    assert text.startswith(f"latency: the machine must be quiet while it is measured, {seen}")
+    assert f"limit of {share * WHOLE:.4g} ms" in text
+    for repair in ("other work", "clocks", "fewer threads than 2", "macs"):
+        assert repair in text
+    assert len(timer.timed) == latency_fit._TRIES_OF_NOISE  # and no other network was tried
+
+
+def test_one_thread_on_a_busy_machine_is_not_told_to_use_fewer(on):
+    on(BusyTimer(scatter=lambda call: 1.0))
+    with pytest.raises(BusyMachineError) as caught:
+        search(pfs.Budget(latency_ms=0.5 * WHOLE, device="cpu", threads=1))
+    assert "fewer threads" not in str(caught.value)
+
+
+def test_noise_that_passes_gives_the_structure_of_a_quiet_machine(on):
+    on(BusyTimer())
+    budget = pfs.Budget(latency_ms=0.6 * WHOLE, device="cpu")
+    quiet = search(budget).structure
+    noisy = on(BusyTimer(scatter=lambda call: 2.0 if call % 6 < 4 else 0.01))
+    assert search(budget).structure == quiet
+    assert noisy.timed[:5] == [(WHOLE,)] * 5
+
+
+def test_quiet_machine_measures_each_network_once_in_a_search_of_the_limit(on):
+    timer = on(BusyTimer())
+    result = search(pfs.Budget(latency_ms=0.6 * WHOLE, device="cpu"))
+    timer.timed.clear()
+    assert result.structure.limits[0].holds
+    assert len(timer.timed) == len(set(timer.timed)) <= latency_fit._ROUNDS + 1
+
+
+def test_a_slow_network_is_not_measured_again_and_again(on):
+    timer = on(BusyTimer(scatter=lambda call: 1.0, pace=1500.0))  # about 20 s a pass
+    with pytest.raises(BusyMachineError):
+        search(pfs.Budget(latency_ms=1000 * WHOLE, device="cpu"))
+    assert len(timer.timed) == 2
+
+
+def floor_ms(net: nn.Module) -> float:
+    """Of the narrowest network."""
+    groups = channel_graph(net, torch.zeros(1, 3, 6, 6)).groups
+    keep = np.zeros(groups.num_units, dtype=bool)
+    keep[[group.start for group in groups.groups]] = True
+    narrow = pfs.slim(net, pfs.Structure.from_keep(groups, keep), seed=0)
+    return FakeTimer(slope=1e-4).network_ms(narrow)
+
+
+def ends(text: str) -> tuple[float, float]:
+    low, high = re.search(r"latency_ms must be in \[([\d.]+), ([\d.]+)\]", text).groups()
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("other", [{}, {"macs": 0.5}])
+def test_smallest_network_slower_than_the_whole_is_a_busy_machine(on, other):
+    low = floor_ms(network())
+    timer = on(BusyTimer(stretch=lambda ms, before: 3 * WHOLE / low if ms == low else 1.0))
+    with pytest.raises(
+        BusyMachineError, match=r"for the smallest structure and .* for the whole network"
+    ) as caught:
+        search(pfs.Budget(latency_ms=0.9 * low, device="cpu", **other))
+    assert "must be in [" not in str(caught.value)
+    assert sum(low in call for call in timer.timed) == latency_fit._TRIES
+
+
+@pytest.mark.parametrize("other", [{}, {"macs": 0.5}])
+def test_range_of_an_infeasible_limit_is_never_inverted(on, other):
+    low = floor_ms(network())
+    slow_once = lambda ms, before: 3 * WHOLE / low if ms == low and not before else 1.0  # noqa: E731
+    on(BusyTimer(stretch=slow_once))
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        search(pfs.Budget(latency_ms=0.9 * low, device="cpu", **other))
+    assert ends(str(caught.value)) == (
+        pytest.approx(low, rel=1e-3),
+        pytest.approx(WHOLE, rel=1e-3),
+    )
+
+
+def test_smallest_network_that_was_slow_once_makes_no_limit_infeasible(on):
+    low = floor_ms(network())
+    slow_once = lambda ms, before: 3 * WHOLE / low if ms == low and not before else 1.0  # noqa: E731
+    timer = on(BusyTimer(stretch=slow_once))
+    result = search(pfs.Budget(latency_ms=1.02 * low, device="cpu"))
+    assert timer.network_ms(pfs.slim(network(), result.structure)) <= 1.02 * low
+
+
+def test_gates_are_saved_when_the_machine_is_too_busy_for_the_structure(on, tmp_path):
+    on(BusyTimer())
+    net, budget = network(), pfs.Budget(latency_ms=0.6 * WHOLE, device="cpu")
+    result = search(budget, net)
+    on(BusyTimer(scatter=lambda call: 1.0))
+    result.meters._latency.clear()
+    with pytest.warns(
+        UserWarning, match=r"SearchResult: structure must be found .*the machine must be quiet"
+    ):
+        result.save(tmp_path / "r.safetensors")
+    on(BusyTimer())
+    loaded = pfs.SearchResult.load(tmp_path / "r.safetensors", net)
+    assert torch.equal(loaded.flat_gates, result.flat_gates)
+    assert loaded.structure.limits[0].holds
+
+
+def test_structure_that_only_the_prediction_refuses_ends_no_search(on):
+    limit = 1.02 * floor_ms(network())
+    on(BusyTimer())
+    config = pfs.SearchConfig(
+        epochs=12, backend="reference", precision="fp32", scope="all", patience=20
+    )
+    budget = pfs.Budget(latency_ms=limit, device="cpu")
+    result = pfs.search(network(), batches(2), budget, config=config, device="cpu", progress=False)
+    (check,) = result.structure.limits
+    assert check.measured <= limit < check.predicted
+
+
+# -- progress ------------------------------------------------------------------------------------------------------
+
+
+def test_measuring_shows_progress_as_the_search_does(on, capsys):
+    timer = on(BusyTimer())
+    config = pfs.SearchConfig(epochs=1, backend="reference", precision="fp32", scope="all")
+    budget = pfs.Budget(latency_ms=0.6 * WHOLE, device="cpu")
+    result = pfs.search(network(), batches(2), budget, config=config, device="cpu")
+    text = capsys.readouterr().err
+    assert re.search(r"measuring layers: (\d+)/\1 \(100 %\)", text)
+    most = latency_fit._ROUNDS + 1
+    assert re.search(rf"measuring networks: \d+/{most} .*, limit {0.6 * WHOLE:.4g} ms", text)
+    timer.timed.clear()
+    assert result.structure.limits[0].holds
+    done = re.search(rf"^measuring networks: (\d+)/{most}", capsys.readouterr().err)
+    assert int(done[1]) == len(timer.timed)
+    result.progress = False
+    result.structure_for(budget)
+    assert capsys.readouterr().err == ""
+
+
+def test_measuring_is_silent_without_progress(on, capsys):
+    on(BusyTimer())
+    result = search(pfs.Budget(latency_ms=0.6 * WHOLE, device="cpu"))
+    assert result.structure.limits[0].holds
+    assert capsys.readouterr().err == ""
+
+
+# -- threads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [17, 100_000, 2**70])
+def test_threads_are_bounded_by_the_processors_before_anything_is_measured(
+    on, monkeypatch, threads
+):
+    monkeypatch.setattr(deployment, "_processors", lambda: 2)
+    timer = on(BusyTimer())
+    budget = pfs.Budget(latency_ms=0.6 * WHOLE, device="cpu", threads=threads)
+    message = (
+        rf"Budget: threads must be at most 16, 8 for each of the 2 processors .*, got {threads};"
+    )
+    with pytest.raises(BudgetError, match=message):
+        search(budget)
+    assert not timer.layers and not timer.timed
+    assert search(pfs.Budget(latency_ms=1e6, device="cpu", threads=16)).structure.limits
+
+
+def test_result_of_a_larger_machine_is_loaded_on_a_smaller_one(on, monkeypatch, tmp_path):
+    on(BusyTimer())
+    monkeypatch.setattr(deployment, "_processors", lambda: 64)
+    result = search(pfs.Budget(latency_ms=1e6, device="cpu", threads=64))
+    result.save(tmp_path / "r.safetensors")
+    monkeypatch.setattr(deployment, "_processors", lambda: 2)
+    assert pfs.SearchResult.load(tmp_path / "r.safetensors").structure == result.structure
 
 
 # -- the clock -----------------------------------------------------------------------------------------------------
