@@ -16,6 +16,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+RUNTIMES = ("eager", "folded", "compile", "onnxruntime")
+
 _THREADS_EACH = 8  # of a processor; far more than this cannot all be started
 
 CPU_MULTIPLES = {"AVX512": 16, "DEFAULT": 8}
@@ -35,6 +37,7 @@ class Deployment:
         batch: Images in one forward pass.
         precision: dtype of weights, images and activations: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"fp64"``.
         threads: CPU threads; None: as many as PyTorch uses now. ``place_to_measure`` bounds them.
+        runtime: One of `RUNTIMES` (``measuring.runtimes`` says what each is).
 
     Raises:
         BudgetError: For a value outside its range.
@@ -44,6 +47,7 @@ class Deployment:
     batch: int = 1
     precision: str = "fp32"
     threads: int | None = None
+    runtime: str = "eager"
 
     def __post_init__(self) -> None:
         if self.device is not None:
@@ -61,6 +65,18 @@ class Deployment:
             raise BudgetError(
                 f"Budget: precision must be one of {', '.join(map(repr, DTYPES))}, got {self.precision!r}"
             )
+        if self.runtime not in RUNTIMES:
+            raise BudgetError(
+                f"Budget: runtime must be one of {', '.join(map(repr, RUNTIMES))}, got {self.runtime!r}"
+            )
+        if self.runtime == "onnxruntime":
+            on_cuda = self.device is not None and self.device.startswith("cuda")
+            if on_cuda or self.precision != "fp32":
+                raise BudgetError(
+                    "Budget: runtime 'onnxruntime' must be measured on the CPU with precision 'fp32', got "
+                    f"{self.device} with {self.precision!r}; leave device and precision out, or choose runtime 'eager'"
+                )
+            object.__setattr__(self, "device", "cpu")
 
     @property
     def dtype(self) -> torch.dtype:

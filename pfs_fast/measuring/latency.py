@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,6 +24,7 @@ from .bars import Bars, silent
 from .latency_cache import LatencyCache, machine_key
 from .latency_layers import operations
 from .latency_table import measured_tables
+from .runtimes import prepared
 from .timing import DeviceTimer, Task, Timer, Timing
 
 _TURNS = 25
@@ -41,9 +42,11 @@ class LatencyModel:
         timer: Measures; default: the device's clock.
         cache: Folder of the tables; default: ``latency_cache.cache_folder()``.
         bars: Show how many layers are measured.
+        predict: Cost of the network that keeps these units, up to a factor, in place of the sum over measured layers.
 
     Attributes:
-        scale: Factor from the sum over the layers to a whole network, as ``latency_fit`` found it at the first one.
+        scale: Factor from the prediction to a whole network, as ``latency_fit`` found it at the first one.
+        whole: Milliseconds of the whole network, once it was measured.
 
     Raises:
         BudgetError: The device is not there, or has not the processors for so many threads.
@@ -60,39 +63,58 @@ class LatencyModel:
         timer: Timer | None = None,
         cache: str | os.PathLike[str] | None = None,
         bars: Bars = silent,
+        predict: Callable[[np.ndarray], float] | None = None,
     ) -> None:
         device = run.place_to_measure()
         self.run, self.device, self.input_shape = run, device, tuple(input_shape)
         self.timer = DeviceTimer(device, run.threads) if timer is None else timer
         self.channels_last = _is_channels_last(graph_module)
+        self.scale, self.whole = 1.0, None
+        self._predict = predict
+        if predict is None:
+            self._predict = self._summed_layers(graph_module, unit_of_label, num_units, cache, bars)
+
+    def evaluate(self, keep: np.ndarray) -> float:
+        """Predicted milliseconds of the network that keeps these units. ``keep``: [num_units], bool."""
+        return self.scale * self._predict(keep)
+
+    def measure(self, network: nn.Module) -> Timing:
+        """Milliseconds of a forward pass of a network, end to end, in eval mode. The network is not modified."""
+        return self.timer([self.task(network)], _TURNS)[0]
+
+    def _summed_layers(
+        self,
+        graph_module: fx.GraphModule,
+        unit_of_label: np.ndarray,
+        num_units: int,
+        cache: str | os.PathLike[str] | None,
+        bars: Bars,
+    ) -> Callable[[np.ndarray], float]:
+        """The sum over all layers, each by a table of times that are measured here or known from before."""
+        run, device = self.run, self.device
         layout = "channels_last" if self.channels_last else "contiguous"
         like = next(graph_module.parameters())
-        images = torch.empty((run.batch, *input_shape), dtype=like.dtype, device=like.device)
+        images = torch.empty((run.batch, *self.input_shape), dtype=like.dtype, device=like.device)
         with _own_randomness(device):
             found = operations(
                 graph_module, (images,), unit_of_label, device, run.dtype, self.channels_last
             )
             kept = LatencyCache(machine_key(run, self.input_shape, layout), cache)
-            tables = measured_tables(found, self.timer, kept, bars)
-        self._sides = Sides(num_units, [u for op in found for u in (op.in_units, op.out_units)])
-        rows = {key: row for row, key in enumerate(tables)}
-        self._tables = list(tables.values())
+            measured = measured_tables(found, self.timer, kept, bars)
+        sides = Sides(num_units, [u for op in found for u in (op.in_units, op.out_units)])
+        rows = {key: row for row, key in enumerate(measured)}
         row_of = np.array([rows[op.signature, op.grid()] for op in found])
-        self._layers = [np.flatnonzero(row_of == row) for row in range(len(self._tables))]
-        self.scale = 1.0
+        tables = [
+            (table, np.flatnonzero(row_of == row)) for row, table in enumerate(measured.values())
+        ]
 
-    def evaluate(self, keep: np.ndarray) -> float:
-        """Predicted milliseconds of the network that keeps these units. ``keep``: [num_units], bool."""
-        widths = self._sides.widths(keep)[self._sides.index].reshape(-1, 2)
-        total = 0.0
-        for table, layers in zip(self._tables, self._layers, strict=True):
-            at = widths[layers]
-            total += float(table(at[:, 0], at[:, 1]).sum())
-        return self.scale * total
+        def total(keep: np.ndarray) -> float:
+            widths = sides.widths(keep)[sides.index].reshape(-1, 2)
+            return sum(
+                float(table(widths[layers, 0], widths[layers, 1]).sum()) for table, layers in tables
+            )
 
-    def measure(self, network: nn.Module) -> Timing:
-        """Milliseconds of a forward pass of a network, end to end, in eval mode. The network is not modified."""
-        return self.timer([self.task(network)], _TURNS)[0]
+        return total
 
     def task(self, network: nn.Module) -> Task:
         """A copy of a network, ready to be timed as it will run."""
@@ -105,7 +127,7 @@ class LatencyModel:
                 images = images.contiguous(memory_format=torch.channels_last)
             _settle(replica, images)
             replica, images = replica.to(self.run.dtype), images.to(self.run.dtype)
-        return Task("network", (), lambda: replica(images), network)
+            return Task("network", (), prepared(replica, images, self.run), network)
 
 
 def _settle(network: nn.Module, images: torch.Tensor) -> None:

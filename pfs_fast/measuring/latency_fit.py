@@ -91,6 +91,7 @@ class _Fit:
         self.limit: float = limits.latency_ms
         self.bar = bar
         self._tries_ms: float = _TRIES_MS
+        self._fixed: Timing | None = None  # the reference's times, where they shall not drift
         # The widest network that the other limits allow. Every other one is timed in turns with it, since a machine that
         # has other work is slower now and faster later: what stays is how much faster one network is than the other.
         self.most = sweep.largest_steps(replace(limits, latency_ms=None))
@@ -101,7 +102,18 @@ class _Fit:
         turns = int(_TURNS_MS / (2 * self._reference_times[0].median))
         self._count = min(max(turns, _FEW), _MANY)
         self._ratios = {self.most: Timing(1.0, 0.0, 1.0)}
+        if limits.latency is not None:
+            self._fix_reference()
         model.scale *= self._time(self.most).median / model.evaluate(sweep.keep(self.most))
+
+    def _fix_reference(self) -> None:
+        """A limit that is a share of the dense network's latency is judged by ratios to that network alone."""
+        keep = self.sweep.keep(self.most)
+        assert self.model.whole is not None
+        ratio = 1.0 if keep.all() else self._ratio(np.ones_like(keep)).median
+        found = self._reference_times[0]
+        scale = self.model.whole / ratio / found.median
+        self._fixed = Timing(*(scale * value for value in found))
 
     def run(self) -> tuple[np.ndarray, Timing]:
         best = None
@@ -174,14 +186,14 @@ class _Fit:
             if len(tries) > 1:
                 self._tries_ms -= self._count * sum(timing.median for timing in tries[-1])
             found = min(tries, key=_scatter)
-            self.bar.update(0, last=shown(found[0]), limit=f"{self.limit:.4g} ms")
+            self.bar.update(0, at=shown(found[0]), tries=len(tries), limit=f"{self.limit:.4g} ms")
             if not all(decides(timing, self.limit) for timing in found):
                 most, kept_ms = _TRIES_OF_NOISE, 0.0
             elif _scatter(found) > _CALM:
                 most, kept_ms = _TRIES, _TRIES_MS / 2
             else:
                 break
-        self._check_noise(found, f" at best of {len(tries)} tries")
+        self._check_noise(found, f" in the calmest of {len(tries)} tries" if len(tries) > 1 else "")
         return found
 
     def _check_noise(self, timings: Sequence[Timing], tries: str = "") -> None:
@@ -195,8 +207,9 @@ class _Fit:
 
     def _scaled(self, ratio: Timing) -> Timing:
         """Milliseconds of a share of the reference's time, by all that is known of the reference."""
-        reference = statistics.median(t.median for t in self._reference_times)
-        spread = statistics.median(t.spread for t in self._reference_times)
+        times = self._reference_times if self._fixed is None else [self._fixed]
+        reference = statistics.median(t.median for t in times)
+        spread = statistics.median(t.spread for t in times)
         return Timing(
             ratio.median * reference,
             max(ratio.spread * reference, ratio.median * spread),
@@ -228,9 +241,10 @@ class _Fit:
     def _infeasible(self, smallest: Timing, whole: Timing) -> str:
         limits, run = self.limits, self.model.run
         rules = ", widen widths or ignore less" if limits.widths or limits.ignore else ""
+        runtime = "" if run.runtime == "eager" else f", {run.runtime}"
         return (
             f"solve: budget must be feasible: latency_ms must be in [{smallest.median:.4g}, {whole.median:.4g}] (measured on "
-            f"{self.model.device}, batch {run.batch}, {run.precision}, spread {smallest.spread:.2g} ms), got {self.limit:g}; "
+            f"{self.model.device}, batch {run.batch}, {run.precision}{runtime}, spread {smallest.spread:.2g} ms), got {self.limit:g}; "
             f"raise the limit, lower min_channels ({limits.min_channels}) or multiple_of ({limits.multiple_of}){rules}, or "
             "make more groups prunable"
         )

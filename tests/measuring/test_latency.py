@@ -446,7 +446,7 @@ def test_spread_as_large_as_the_limit_is_a_busy_machine_before_training(
     with pytest.raises(BusyMachineError) as caught:
         search(budget)
     text = str(caught.value)
-    seen = f"got {WHOLE:.4g} ms with a spread of {spread * WHOLE:.2g} ms at best of 6 tries"
+    seen = f"got {WHOLE:.4g} ms with a spread of {spread * WHOLE:.2g} ms in the calmest of 6 tries"
     assert text.startswith(f"latency: the machine must be quiet while it is measured, {seen}")
     assert f"limit of {share * WHOLE:.4g} ms" in text
     for repair in ("other work", "clocks", "fewer threads than 2", "macs"):

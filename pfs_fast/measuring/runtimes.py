@@ -1,0 +1,88 @@
+"""A network as it is deployed: one call of it in eager PyTorch, folded, compiled, or in ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..budgets.deployment import Deployment
+from ..errors import BackendError
+from ..slimming.fold import fold
+from ..storage.exporters import export
+
+Call = Callable[[], object]
+
+
+def prepared(network: nn.Module, images: torch.Tensor, run: Deployment) -> Call:
+    """One forward pass of a network in the runtime of ``run``.
+
+    Args:
+        network: In eval mode, in the dtype and on the device of ``run``; the call owns it.
+        images: A batch. [N, C, ...].
+        run: Names the runtime: ``"eager"``, as the network is; ``"folded"``, batch norms folded and channels last;
+            ``"compile"``, folded and compiled by ``torch.compile``; ``"onnxruntime"``, exported to ONNX.
+
+    Raises:
+        BackendError: The runtime is not installed, or has no compiler.
+    """
+    if run.runtime == "eager":
+        return lambda: network(images)
+    if run.runtime == "onnxruntime":
+        return _onnxruntime(network, images, run)
+    folded = fold(network, images[:1])
+    if images.dim() == 4:
+        folded = folded.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    return _compiled(folded, images) if run.runtime == "compile" else lambda: folded(images)
+
+
+def installed() -> tuple[str, ...]:
+    """Runtimes that a comparison shows without being asked: those that need no compilation of each network."""
+    has_onnx = all(importlib.util.find_spec(name) for name in _ONNX_PACKAGES)
+    return ("eager", "folded", "onnxruntime") if has_onnx else ("eager", "folded")
+
+
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def _onnxruntime(network: nn.Module, images: torch.Tensor, run: Deployment) -> Call:
+    if not all(importlib.util.find_spec(name) for name in _ONNX_PACKAGES):
+        raise BackendError(
+            f"latency: runtime 'onnxruntime' must be installed, got none; run: pip install {' '.join(_ONNX_PACKAGES)}"
+        )
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads() if run.threads is None else run.threads
+    # Threads of one session that spin would slow the network that it takes turns with.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        export(network, path, images[:1])
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    feed = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _compiled(network: nn.Module, images: torch.Tensor) -> Call:
+    compiled = torch.compile(network, dynamic=False)
+    # Networks of one class count as recompilations of one forward, of which there is a limit by default.
+    many = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
+    try:
+        with many, torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice of the compiler on precision
+            compiled(images)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise BackendError(
+            f"latency: runtime 'compile' must be able to compile the network, got {str(error).strip().splitlines()[0]}; install "
+            "a C++ compiler, or choose runtime 'folded'"
+        ) from error
+    return lambda: compiled(images)
