@@ -18,6 +18,7 @@ from .budgets.budget import Budget
 from .budgets.cost import Cost, count
 from .budgets.structure import Structure
 from .errors import PfsError
+from .measuring.comparison import Comparison, compare
 from .searching.config import SearchConfig
 from .searching.result import SearchResult
 from .searching.search import search
@@ -36,6 +37,7 @@ except _PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "Budget",
+    "Comparison",
     "Cost",
     "PfsError",
     "SearchConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "backends",
+    "compare",
     "count",
     "data",
     "errors",

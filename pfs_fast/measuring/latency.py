@@ -8,23 +8,20 @@ leaves out what layers do to each other (caches, launches that overlap), so
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import fx, nn
 
 from ..budgets.deployment import Deployment
-from ..graph.narrow import BATCH_NORMS
 from ..graph.sides import Sides
 from .bars import Bars, silent
 from .latency_cache import LatencyCache, machine_key
 from .latency_layers import operations
 from .latency_table import measured_tables
-from .runtimes import prepared
+from .runtimes import is_channels_last, own_randomness, task_of
 from .timing import DeviceTimer, Task, Timer, Timing
 
 _TURNS = 25
@@ -68,7 +65,7 @@ class LatencyModel:
         device = run.place_to_measure()
         self.run, self.device, self.input_shape = run, device, tuple(input_shape)
         self.timer = DeviceTimer(device, run.threads) if timer is None else timer
-        self.channels_last = _is_channels_last(graph_module)
+        self.channels_last = is_channels_last(graph_module)
         self.scale, self.whole = 1.0, None
         self._predict = predict
         if predict is None:
@@ -95,7 +92,7 @@ class LatencyModel:
         layout = "channels_last" if self.channels_last else "contiguous"
         like = next(graph_module.parameters())
         images = torch.empty((run.batch, *self.input_shape), dtype=like.dtype, device=like.device)
-        with _own_randomness(device):
+        with own_randomness(device):
             found = operations(
                 graph_module, (images,), unit_of_label, device, run.dtype, self.channels_last
             )
@@ -118,48 +115,4 @@ class LatencyModel:
 
     def task(self, network: nn.Module) -> Task:
         """A copy of a network, ready to be timed as it will run."""
-        with _own_randomness(self.device), torch.no_grad():
-            replica = copy.deepcopy(network).to(self.device).eval()
-            dtype = next((p.dtype for p in replica.parameters()), torch.float32)
-            shape = (self.run.batch, *self.input_shape)
-            images = torch.randn(shape, device=self.device, dtype=dtype)
-            if self.channels_last and images.dim() == 4:
-                images = images.contiguous(memory_format=torch.channels_last)
-            _settle(replica, images)
-            replica, images = replica.to(self.run.dtype), images.to(self.run.dtype)
-            return Task("network", (), prepared(replica, images, self.run), network)
-
-
-def _settle(network: nn.Module, images: torch.Tensor) -> None:
-    """Give batch norms the statistics of their input.
-
-    A fresh network whose statistics are not its own may let activations fade to subnormal numbers, which are slow.
-    """
-
-    def settle(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if module.running_mean is not None:
-            x = args[0].transpose(0, 1).flatten(1)  # [C, values]
-            module.running_mean.copy_(x.mean(dim=1))
-            module.running_var.copy_(x.var(dim=1, correction=0))
-
-    handles = [
-        m.register_forward_pre_hook(settle) for m in network.modules() if isinstance(m, BATCH_NORMS)
-    ]
-    network(images)
-    for handle in handles:
-        handle.remove()
-
-
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield
-
-
-def _is_channels_last(module: nn.Module) -> bool:
-    """Whether the model keeps its convolutions channels last."""
-    weights = [p for p in module.parameters() if p.dim() == 4 and p.size(1) > 1 and p.size(2) > 1]
-    return bool(weights) and all(
-        p.is_contiguous(memory_format=torch.channels_last) for p in weights
-    )
+        return task_of(network, self.input_shape, self.run, channels_last=self.channels_last)

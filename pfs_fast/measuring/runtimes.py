@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,8 +15,10 @@ from torch import nn
 
 from ..budgets.deployment import Deployment
 from ..errors import BackendError
+from ..graph.narrow import BATCH_NORMS
 from ..slimming.fold import fold
 from ..storage.exporters import export
+from .timing import Task
 
 Call = Callable[[], object]
 
@@ -40,6 +44,71 @@ def prepared(network: nn.Module, images: torch.Tensor, run: Deployment) -> Call:
         folded = folded.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
     return _compiled(folded, images) if run.runtime == "compile" else lambda: folded(images)
+
+
+def task_of(
+    network: nn.Module,
+    input_shape: tuple[int, ...],
+    run: Deployment,
+    *,
+    channels_last: bool | None = None,
+) -> Task:
+    """A copy of a network, ready to be timed as it will run, on random images.
+
+    Args:
+        network: Plain module. Not modified.
+        input_shape: Of one image, (C, ...).
+        run: Device, batch, precision, threads, runtime.
+        channels_last: Layout of images in eager PyTorch; None: that of the network's weights.
+    """
+    device = run.place_to_measure()
+    if channels_last is None:
+        channels_last = is_channels_last(network)
+    with own_randomness(device), torch.no_grad():
+        replica = copy.deepcopy(network).to(device).eval()
+        dtype = next((p.dtype for p in replica.parameters()), torch.float32)
+        images = torch.randn((run.batch, *input_shape), device=device, dtype=dtype)
+        if channels_last and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        _settle(replica, images)
+        call = prepared(replica.to(run.dtype), images.to(run.dtype), run)
+    return Task(run.runtime, (), call, network)
+
+
+def _settle(network: nn.Module, images: torch.Tensor) -> None:
+    """Give batch norms the statistics of their input.
+
+    A fresh network whose statistics are not its own may let activations fade to subnormal numbers, which are slow.
+    """
+
+    def settle(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if module.running_mean is not None:
+            x = args[0].transpose(0, 1).flatten(1)  # [C, values]
+            module.running_mean.copy_(x.mean(dim=1))
+            module.running_var.copy_(x.var(dim=1, correction=0))
+
+    handles = [
+        m.register_forward_pre_hook(settle) for m in network.modules() if isinstance(m, BATCH_NORMS)
+    ]
+    network(images)
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def own_randomness(device: torch.device) -> Iterator[None]:
+    """The same random numbers every time; the caller's generators are put back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def is_channels_last(module: nn.Module) -> bool:
+    """Whether the model keeps its convolutions channels last."""
+    weights = [p for p in module.parameters() if p.dim() == 4 and p.size(1) > 1 and p.size(2) > 1]
+    return bool(weights) and all(
+        p.is_contiguous(memory_format=torch.channels_last) for p in weights
+    )
 
 
 def installed() -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from ..errors import (
     ModelError,
 )
 from ..graph.groups import ChannelGroup, ChannelGroups, Layer
+from ..measuring import comparison
 from ..measuring.meters import Meters, needs_model
 from ..slimming.slim import slim as make_slim
 from ..storage.files import read_safetensors, write_safetensors
@@ -205,9 +206,14 @@ class SearchResult:
         """The structure and its limits as tables; how an early stop ended; and every layer held whole with the reason.
 
         Args:
-            measure: Find every limited cost anew on the slim network, as ``measured`` does.
+            measure: Find every limited cost anew on the slim network, as ``measured`` does, and measure it beside the dense
+                network, as ``compare`` does.
         """
         lines = [str(self.measured() if measure else self.structure)]
+        if measure:
+            run = self.budget.run
+            options = {"batch": run.batch, "precision": run.precision, "device": run.device}
+            lines += ["", str(self.compare(threads=run.threads, warn=False, **options))]
         if self.config.patience is not None:
             lines += ["", self.ending()]
         if self.groups.fixed:
@@ -217,6 +223,23 @@ class SearchResult:
                 *(f"  {name}: {reason}" for name, reason in self.groups.fixed),
             ]
         return "\n".join(lines)
+
+    def compare(
+        self, budget: float | int | Budget | None = None, **options: Any
+    ) -> comparison.Comparison:
+        """Latency, MACs, parameters and bytes of a slim network beside those of the dense one.
+
+        Args:
+            budget: Default: the budget of the search.
+            options: Those of `compare`: ``batch``, ``precision``, ``device``, ``threads``, ``runtimes``.
+
+        Raises:
+            ModelError: The result was loaded from a file without a model. Others as `compare`.
+        """
+        slim = self.slim(budget, seed=0)
+        assert self.model is not None
+        bars = partial(Progress, enabled=self.progress)
+        return comparison.compare(self.model, slim, bars=bars, **options)
 
     def ending(self) -> str:
         """One line: after how many steps the search ended; with ``config.patience``, how far its answer was from stable."""
