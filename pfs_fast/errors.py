@@ -65,3 +65,7 @@ class NonFiniteLossError(PfsError, RuntimeError):
 
 class FileWriteError(PfsError, OSError):
     """A file could not be written (missing folder, permissions, full disk); what was there before is intact."""
+
+
+class BusyError(PfsError, RuntimeError):
+    """Another thread of the process is in a search or a training, which a second one would disturb."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -33,9 +34,16 @@ def modules() -> list[str]:
     return ["pfs_fast", *(module.name for module in found if module.name not in hidden)]
 
 
+class Finder(doctest.DocTestFinder):
+    """Finds those of decorated functions, too."""
+
+    def _from_module(self, module, object):
+        return super()._from_module(module, inspect.unwrap(object))
+
+
 def examples() -> list[doctest.DocTest]:
     """Docstrings with examples."""
-    finder = doctest.DocTestFinder(exclude_empty=True)
+    finder = Finder(exclude_empty=True)
     found = (finder.find(importlib.import_module(name), name) for name in modules())
     return [test for tests in found for test in tests if test.examples]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._ambient import own_settings
 from ..errors import LoaderError
 from .augment import Normalize, crop, mirror, pixel_windows
 from .checks import as_images, as_labels
@@ -210,6 +211,7 @@ class DeviceLoader:
         done = self.epoch * len(self) + self._next_batch + batches
         self.epoch, self._next_batch = divmod(done, len(self))
 
+    @own_settings()
     def plan(self, epoch: int) -> EpochPlan:
         """The random draws of an epoch, on the device."""
         state = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)

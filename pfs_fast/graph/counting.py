@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .._ambient import own_settings, turn
 from .._modules import require_plain
 from ..errors import ModelError
 
@@ -69,6 +70,8 @@ class Cost:
         return "\n".join(lines)
 
 
+@own_settings()
+@turn()
 def count(model: nn.Module, example_input: torch.Tensor | tuple[Any, ...]) -> Cost:
     """Count the MACs and parameters of a model, per module and in total.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 import os
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torchvision.ops import FrozenBatchNorm2d
 
+from .._ambient import turn
 from .._modules import require_plain
 from ..errors import ModelError, TraceError
 from .functional import call_layers, is_same_padded
@@ -130,6 +132,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.path: list[str] = []
         self._opaque = opaque
+        self._thread = threading.get_ident()  # torch.fx patches nn.Module for all threads
         self._size_values = SizeValues(self, inputs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -141,6 +144,11 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         """Every size of a shape, still as something that follows the shape."""
         return (obj[i] for i in range(len(self.elements(obj))))
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def number(self, obj: fx.Proxy) -> Any:
         """What Python makes control flow of, or an index."""
@@ -176,12 +184,15 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         self.path.append(self.path_of_module(m))
         result = super().call_module(m, forward, args, kwargs)
         self.path.pop()  # not in a finally: after an error the last entry says where it happened
         return result
 
 
+@turn()
 def trace(
     model: nn.Module,
     example_input: torch.Tensor | tuple[torch.Tensor, ...],

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from .._ambient import own_settings
 from .._modules import require_plain
 from ..budgets.cost import Cost, count
 from ..budgets.deployment import Deployment
@@ -103,6 +104,7 @@ class Comparison:
         return f"{text}\n{self.advice}" if self.advice else text
 
 
+@own_settings()
 def compare(
     dense: nn.Module,
     slim: nn.Module,
@@ -165,7 +167,7 @@ def compare(
     costs = [count(network, _image(network, shape)) for network in (dense, slim)]
     found = Comparison(run, tuple(speeds), *costs)
     if warn and found.advice:
-        warnings.warn(f"compare: {found.advice}", UserWarning, stacklevel=2)
+        warnings.warn(f"compare: {found.advice}", UserWarning, stacklevel=3)
     return found
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .._ambient import random_numbers, turn
 from ..budgets.deployment import Deployment
 from ..errors import BackendError
 from ..graph.narrow import BATCH_NORMS
@@ -98,8 +99,7 @@ def _settle(network: nn.Module, images: torch.Tensor) -> None:
 @contextmanager
 def own_randomness(device: torch.device) -> Iterator[None]:
     """The same random numbers every time; the caller's generators are put back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with turn("structure_for"), random_numbers(0, [device]):
         yield
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from .._ambient import turn
+
 _SAMPLE_S = (
     3e-4  # a sample repeats its call until it lasts this long, well above the timer's resolution
 )
@@ -108,11 +110,12 @@ def _timing(seconds: list[float]) -> Timing:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if count is not None:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        if count is not None:
-            torch.set_num_threads(before)
+    with turn():  # the number is one for all threads
+        before = torch.get_num_threads()
+        try:
+            if count is not None:
+                torch.set_num_threads(count)
+            yield
+        finally:
+            if count is not None:
+                torch.set_num_threads(before)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._ambient import own_settings
 from ..budgets import solver
 from ..budgets.budget import Budget
 from ..budgets.cost import CostModel
@@ -95,6 +96,7 @@ class SearchResult:
             self._structure = self.structure_for(self.budget)
         return self._structure
 
+    @own_settings()
     def structure_for(
         self, budget: float | int | Budget, *, ranking: str | None = None
     ) -> Structure:
@@ -127,6 +129,7 @@ class SearchResult:
         self._meters.bars = partial(Progress, enabled=self.progress)
         return self._meters
 
+    @own_settings()
     def measured(self, budget: float | int | Budget | None = None) -> Structure:
         """The structure for a budget, with every limit found anew on its slim network: counted, walked, timed.
 
@@ -175,6 +178,7 @@ class SearchResult:
         )
         return [Structure.from_keep(self.groups, point.keep, self._cost_model) for point in points]
 
+    @own_settings()
     def slim(
         self,
         budget: float | int | Budget | None = None,
@@ -269,6 +273,7 @@ class SearchResult:
 
     # -- files -----------------------------------------------------------------------------------------------------
 
+    @own_settings()
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything but the model to one safetensors file, whole or not at all.
 
@@ -318,6 +323,7 @@ class SearchResult:
         return tensors, metadata
 
     @classmethod
+    @own_settings()
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> SearchResult:
         """Read a file of ``save``.
 

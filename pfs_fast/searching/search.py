@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from .._ambient import alone, callers_settings, random_numbers
 from .._modules import require_plain
 from ..budgets.budget import Budget
 from ..errors import ConfigError, NonFiniteLossError
@@ -63,6 +64,7 @@ def search(
 ) -> SearchResults: ...
 
 
+@alone("search")
 def search(
     model: nn.Module,
     loader: Loader,
@@ -81,6 +83,9 @@ def search(
 
     Every channel of every gated group gets one scalar gate; all weights stay frozen; the gates are trained by Adam on
     cross-entropy plus a pull of their mean to a target share; the channels with the largest gates are kept within the budget.
+
+    Autocast, gradient and inference mode, default device and default dtype of the caller reach his loaders, but not the search.
+    It runs alone in its process, since it seeds the random generators, whose states are put back at the end.
 
     Args:
         model: Any fx-traceable CNN, as initialised. Never modified.
@@ -108,6 +113,7 @@ def search(
     Raises:
         BudgetError, InfeasibleBudgetError, BusyMachineError: Before any training.
         ConfigError, ModelError, TraceError, LoaderError, BackendError: With argument, rule, value and repair.
+        BusyError: Another thread of the process is in a search or a training.
         NonFiniteLossError: The loss became NaN or infinite; its attribute ``result`` holds the last good gates, and
             ``results`` the seeds that had ended before.
 
@@ -166,13 +172,10 @@ def _search(
 ) -> SearchResult:
     """One search; ``name`` stands before its progress line."""
     with (
-        torch.inference_mode(False),
-        torch.enable_grad(),  # whatever the caller has switched off
-        torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
+        random_numbers(config.seed, [place]),
         side_stream(place),
         kept_memory(place),
     ):
-        torch.manual_seed(config.seed)
         _set_epoch(loader, 0)
         batches = checked_batches(loader, "search")
         first = next(batches)
@@ -292,5 +295,6 @@ def _set_epoch(loader: Iterable[Any], epoch: int) -> None:
     """Tell a loader that knows epochs (``DeviceLoader``, a distributed sampler) which one comes."""
     for candidate in (loader, getattr(loader, "sampler", None)):
         if hasattr(candidate, "set_epoch"):
-            candidate.set_epoch(epoch)
+            with callers_settings():
+                candidate.set_epoch(epoch)
             return

@@ -14,6 +14,7 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from .._ambient import own_settings
 from ..budgets.budget import Budget
 from ..budgets.structure import Structure, aligned
 from ..errors import ConfigError, FileFormatError, ModelError, NonFiniteLossError, StructureError
@@ -183,6 +184,7 @@ class SearchResults(Sequence[SearchResult]):
 
     # -- files -----------------------------------------------------------------------------------------------------
 
+    @own_settings()
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all results, without models, to one safetensors file, whole or not at all.
 
@@ -199,6 +201,7 @@ class SearchResults(Sequence[SearchResult]):
         write_safetensors(path, tensors, document, caller="SearchResults.save")
 
     @classmethod
+    @own_settings()
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> SearchResults:
         """Read a file of ``save``.
 
@@ -249,7 +252,7 @@ def fresh_copy(model: nn.Module, seed: int, function: str = "search") -> nn.Modu
         UserWarning: For parameters that no initialiser reaches; they are the same in all copies.
     """
     fresh = copy.deepcopy(model)
-    untouched = draw(fresh, seed)
+    untouched = draw(fresh, seed, function)
     if untouched and len(untouched) == sum(1 for _ in fresh.parameters()):
         raise ModelError(
             f"{function}: model must have weights that can be drawn anew for each seed, got no initialiser for "

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._ambient import own_settings
 from ..budgets.structure import Structure
 from ..errors import ConfigError
 from .compare import correlation, structure_distance
 
 
+@own_settings()
 def structure_similarity(
     structures: Sequence[Structure], measure: str = "width_correlation"
 ) -> Tensor:

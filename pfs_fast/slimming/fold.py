@@ -10,12 +10,14 @@ import torch
 from torch import fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from .._ambient import own_settings
 from .._modules import has_hooks, require_plain
 from ..errors import ConfigError
 from ..graph.narrow import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED
 from ..graph.trace import trace
 
 
+@own_settings()
 def fold(
     network: nn.Module, example_input: torch.Tensor | tuple[torch.Tensor, ...] | None = None
 ) -> nn.Module:

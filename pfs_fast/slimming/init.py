@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import init
 
+from .._ambient import random_numbers, turn
+
 _METHODS = (
     "reset_parameters",
     "_reset_parameters",
@@ -47,17 +49,19 @@ def initialise(model: nn.Module, *, seed: int | None = None) -> None:
             f"slim: no initialiser is known for {some(untouched)}; they keep the model's values; give their module a "
             "reset_parameters method",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # of the caller of `slim`
         )
 
 
-def draw(model: nn.Module, seed: int | None) -> list[str]:
-    """As ``initialise``, with the names of the parameters that no initialiser reaches in place of the warning."""
+def draw(model: nn.Module, seed: int | None, function: str = "slim") -> list[str]:
+    """As ``initialise``, with the names of the parameters that no initialiser reaches in place of the warning.
+
+    Raises:
+        BusyError: Beside a search or a training of another thread, from whose random numbers some would be drawn.
+    """
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices), enabled=seed is not None), torch.no_grad():
-        if seed is not None:
-            torch.manual_seed(seed)
+    devices = {parameter.device for parameter in model.parameters()}
+    with turn(function), random_numbers(seed, devices), torch.no_grad():
         _initialise(model, set())
     return [
         name for name, parameter in model.named_parameters() if parameter._version == versions[name]

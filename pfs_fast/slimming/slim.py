@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .._ambient import own_settings
 from .._modules import require_plain
 from ..budgets.structure import Structure
 from ..errors import ConfigError, StructureError
@@ -26,6 +27,7 @@ from .init import initialise
 __all__ = ["kind_in_file", "kind_of", "narrow_layers", "narrow_to", "slim", "widths_of"]
 
 
+@own_settings()
 def slim(
     model: nn.Module,
     structure: Structure,
@@ -54,6 +56,7 @@ def slim(
         StructureError: If the structure does not fit the model; names the layer.
         ModelError: For a wrapped or compiled model.
         ConfigError: For another value of ``weights``, or ``verify`` without ``example_input``.
+        BusyError: Fresh weights while another thread of the process is in a search or a training.
     """
     require_plain("slim", model)
     if weights not in ("fresh", "inherit"):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from .._ambient import own_settings, random_numbers, reseed, turn
 from .._modules import require_plain
 from ..budgets.structure import Structure
 from ..errors import ConfigError, ModelError, StructureError
@@ -62,6 +63,8 @@ class VerifyReport:
         )
 
 
+@own_settings()
+@turn("verify")
 def verify(
     model: nn.Module,
     slim_model: nn.Module | None,
@@ -99,16 +102,17 @@ def verify(
     Raises:
         StructureError: If the networks differ, or the proof would be void (outputs all 0 or not finite).
         ModelError: For a wrapped or compiled model, or an input that the model rejects.
+        BusyError: Another thread of the process is in a search or a training.
     """
     require_plain("verify", model)
     example_input = _example(example_input, slim_model, model)
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise ConfigError(f"verify: trials must be a whole number of at least 1, got {trials!r}")
-    devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
+    devices = {t.device for t in [*model.parameters(), *model.buffers()]}
     worst, layer, layer_error, compared = 0.0, None, 0.0, 0
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+    with random_numbers(seed, devices), torch.no_grad():
         for trial in range(trials):
-            torch.manual_seed(seed + trial)
+            reseed(seed + trial, devices)
             dense = copy.deepcopy(model).double().eval()
             inputs = _random_inputs(example_input, next(dense.parameters()).device)
             _shake_scales(dense, structure)
@@ -309,7 +313,8 @@ def _run(
             return output
 
         handles.append(module.register_forward_hook(record))
-    torch.manual_seed(seed)  # the same random numbers in both networks, should a forward draw any
+    # The same random numbers in both networks, should a forward draw any.
+    reseed(seed, {t.device for t in [*model.parameters(), *model.buffers()]})
     try:
         result = model(*inputs)
     except Exception as error:

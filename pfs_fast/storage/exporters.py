@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._ambient import own_settings, turn
 from .._modules import require_plain
 from ..errors import BackendError, ConfigError, ModelError
 from .files import atomic_write
@@ -52,6 +53,8 @@ class ExportReport:
         )
 
 
+@own_settings()
+@turn("export")
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -76,6 +79,7 @@ def export(
         BackendError: A package is missing.
         ModelError: A DataParallel or compiled wrapper, a model that cannot be exported, or the exported one computes something else.
         FileWriteError: The file cannot be written.
+        BusyError: Another thread of the process is in a search or a training.
     """
     suffix = Path(path).suffix
     if suffix not in (".pt2", ".onnx"):

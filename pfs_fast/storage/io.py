@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._ambient import own_settings
 from .._modules import require_plain
 from ..errors import FileFormatError, ModelError, StructureError
 from ..graph.scales import find_scales
@@ -38,6 +39,7 @@ MODEL_VERSION = 1
 _SHOWN_DIFFERENCES = 5
 
 
+@own_settings()
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -84,6 +86,7 @@ def save(
     write_safetensors(path, tensors, document, caller="save")
 
 
+@own_settings()
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Rebuilds a saved model from its file and a dense instance of its class.
 

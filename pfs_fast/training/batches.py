@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ambient import callers_settings
 from ..errors import LoaderError, ModelError
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -37,12 +38,18 @@ def checked_batches(
     Raises:
         LoaderError: A batch of another form, or no batch at all (in a later epoch: the loader was used up).
     """
-    empty = True
-    iterator = iter(loader)
+    with callers_settings():
+        iterator = iter(loader)
+    empty, end = True, object()
     try:
-        for batch in iterator:
+        while True:
+            with callers_settings():
+                batch = next(iterator, end)
+            if batch is end:
+                break
             empty = False
-            yield _checked(batch, caller, name)
+            images, labels = _checked(batch, caller, name)
+            yield _usable(images), _usable(labels)
     finally:
         # A pass that is broken off leaves nothing open; what the caller made himself is his.
         close = getattr(iterator, "close", None)
@@ -59,6 +66,11 @@ def checked_batches(
         f"{caller}: {name} must yield at least one batch, got none; is drop_last set with fewer images than one batch, or "
         "was the iterator used before?"
     )
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """A copy of what was made in ``torch.inference_mode()``, which no backward pass can keep; else the same."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _checked(batch: Any, caller: str, name: str) -> tuple[Tensor, Tensor]:

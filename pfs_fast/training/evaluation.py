@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._ambient import own_settings
 from ..errors import ConfigError, LoaderError, ModelError, PfsError
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches, split_outputs
 from .onednn import in_layout
@@ -30,6 +31,7 @@ class Accuracy:
         return f"top-1 {100 * self.top1:.2f} %, loss {self.loss:.4f} on {self.n} images"
 
 
+@own_settings()
 def evaluate(
     model: nn.Module,
     loader: Loader,
@@ -38,6 +40,8 @@ def evaluate(
     amp: str = "off",
 ) -> Accuracy:
     """Top-1 accuracy and mean cross entropy of a model in eval mode. The model's mode is put back afterwards.
+
+    Of the caller's settings (autocast, defaults, inference mode) the loader alone sees something, as in `train`.
 
     Args:
         model: The classifier; moved to ``device`` where that is given.

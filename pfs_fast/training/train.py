@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._ambient import alone, callers_settings, random_numbers
 from ..errors import ModelError, NonFiniteLossError
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches
 from .evaluation import Accuracy, Forward, correct, device_of, evaluate, evaluate_with, unwrap
@@ -58,6 +58,7 @@ class TrainResult:
         return text
 
 
+@alone("train")
 def train(
     model: nn.Module,
     loader: Loader,
@@ -71,6 +72,9 @@ def train(
 
     On any error, and on Ctrl-C, the model is set back to its state after the last complete epoch (at first: as it was given),
     and the error goes on to the caller.
+
+    Autocast, gradient and inference mode, default device and default dtype of the caller reach his loaders, but not the training.
+    It runs alone in its process, since random numbers are drawn all the time; with a seed the generators are put back at the end.
 
     Args:
         model: Any classifier; changed in place: weights, statistics, device and (``channels_last``) memory layout. Its mode is
@@ -92,7 +96,9 @@ def train(
         LoaderError: An empty loader, one that can be read once only, or batches of a wrong form, dtype or label range.
         NonFiniteLossError: The loss became NaN or infinite. Checked at each step on the CPU; elsewhere every 50 steps, since
             reading the loss waits for the device. The weights are checked after each epoch.
-        ModelError: No parameter to train, parameters on several devices, or outputs that are no logits.
+        ModelError: No parameter to train, tensors made in inference mode, parameters on several devices, or outputs that are no
+            logits.
+        BusyError: Another thread of the process is in a search or a training.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
@@ -110,6 +116,15 @@ def train(
         raise ModelError(
             "train: model must have parameters that need a gradient, got none; call model.requires_grad_(True)"
         )
+    made = next(
+        (n for n, t in (*plain.named_parameters(), *plain.named_buffers()) if t.is_inference()),
+        None,
+    )
+    if made is not None:
+        raise ModelError(
+            f"train: model must have tensors that can be trained, got '{made}' made in torch.inference_mode(); pass "
+            "copy.deepcopy(model), made outside of it"
+        )
     plain.to(device)
     layout = _layout(plain, device, config)
     if layout is not None:
@@ -117,7 +132,7 @@ def train(
             if parameter.dim() == 4:  # a module of 3-d convolutions cannot be moved as a whole
                 parameter.data = in_layout(parameter.data, layout)
     modes = {module: module.training for module in model.modules()}
-    with _seeded(config.seed, device):
+    with random_numbers(config.seed, [device]):
         run = _Run(model, plain, device, config, layout)
         try:
             return run.fit(loader, val_loader, progress)
@@ -145,7 +160,7 @@ def _layout(
             f"1, few input channels), whose weight gradient would write past its memory ({ISSUE}); the network is trained in "
             "NCHW, which gives the same up to rounding",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # of the caller of `train`
         )
     return torch.contiguous_format
 
@@ -343,18 +358,5 @@ def _non_finite(step: int, value: float, what: str = "loss") -> NonFiniteLossErr
 def _set_epoch(loader: Loader, epoch: int) -> None:
     for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seeds the generators of the CPU and of ``device`` alone, and puts their states back."""
-    if seed is None:
-        yield
-        return
-    on_cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device.index] if on_cuda else []):
-        torch.random.default_generator.manual_seed(seed)
-        if on_cuda:
-            torch.cuda.default_generators[device.index].manual_seed(seed)
-        yield
+            with callers_settings():
+                part.set_epoch(epoch)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pfs_fast as pfs
 from pfs_fast.errors import FileFormatError, FileWriteError
+from pfs_fast.searching.search import COMPACT_EVERY
 
 IMAGES = torch.randint(
     0, 256, (22, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -111,7 +112,7 @@ def test_resumed_search_with_dead_and_left_out_channels_equals_an_uninterrupted_
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr("pfs_fast.gating.compaction.MIN_STEPS_SAVED", 0.5)
-    monkeypatch.setitem(pfs_search_globals()["COMPACT_EVERY"], "cpu", 3)
+    monkeypatch.setitem(COMPACT_EVERY, "cpu", 3)
     model, path = pfs.models.resnet20(4, expansion=0.5), tmp_path / "search.ckpt"
     options = {"lr": 0.1, "gamma": 5.0, "target": 0.1, "epochs": 6}
     straight = run(model, batches(4, images=(3, 8, 8)), **options)
@@ -120,10 +121,6 @@ def test_resumed_search_with_dead_and_left_out_channels_equals_an_uninterrupted_
     resumed = run(model, batches(4, images=(3, 8, 8)), checkpoint=path, **options)
     assert resumed.history[-1]["channels"] < len(resumed.flat_gates)
     assert_equal(resumed, straight)
-
-
-def pfs_search_globals() -> dict:
-    return pfs.search.__globals__
 
 
 def test_finished_search_is_not_run_again(tmp_path):

@@ -16,6 +16,7 @@ import pfs_fast as pfs
 from pfs_fast.data.feed import DeviceFeed
 from pfs_fast.errors import LoaderError, NonFiniteLossError
 from pfs_fast.searching import runner as runners
+from pfs_fast.searching.search import COMPACT_EVERY
 from pfs_fast.searching.step_meter import DeviceMeter, HostMeter
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -107,7 +108,7 @@ def test_feed_takes_several_steps_in_one_replay_and_stops_where_the_search_looks
     singles = [10 - 3, 12 - 10, 15 - 12, 20 - 16, 24 - 20, 30 - 24, 31 - 30]
     assert graphs.log.count("replay") == sum(n // 8 + n % 8 for n in singles)
     graphs.log.clear()
-    monkeypatch.setitem(pfs.search.__globals__["COMPACT_EVERY"], "cpu", 50)
+    monkeypatch.setitem(COMPACT_EVERY, "cpu", 50)
     model = tiny()
     result = run(model, device_loader(), epochs=2, log_every=50, compact=False)
     # 12 steps after the warm-up, then 15 of the second epoch
@@ -154,7 +155,7 @@ DYING = {"lr": 0.1, "gamma": 5.0, "target": 0.1, "epochs": 6}
 def often(monkeypatch) -> None:
     monkeypatch.setattr("pfs_fast.gating.compaction.MIN_STEPS_SAVED", 0.5)
     monkeypatch.setattr(runners, "RECAPTURE_STEPS", 0.0)
-    monkeypatch.setitem(pfs.search.__globals__["COMPACT_EVERY"], "cpu", 6)
+    monkeypatch.setitem(COMPACT_EVERY, "cpu", 6)
 
 
 def narrow() -> nn.Module:

@@ -16,6 +16,7 @@ from pfs_fast import _library
 from pfs_fast.errors import LoaderError
 from pfs_fast.gating.compaction import Compaction
 from pfs_fast.searching import runner as runners
+from pfs_fast.searching.search import COMPACT_EVERY
 from pfs_fast.searching.tape import NotRecordedError, Tape
 
 pytestmark = pytest.mark.skipif(
@@ -76,7 +77,7 @@ def test_model_without_norms_and_soft_labels_are_replayed(log):
 @pytest.mark.parametrize("options", [{}, FUSED])
 def test_step_is_recorded_anew_after_channels_have_left(log, monkeypatch, options):
     monkeypatch.setattr("pfs_fast.gating.compaction.MIN_STEPS_SAVED", 0.5)
-    monkeypatch.setitem(pfs.search.__globals__["COMPACT_EVERY"], "cpu", 6)
+    monkeypatch.setitem(COMPACT_EVERY, "cpu", 6)
     model, loader = narrow(), batches(5, images=(3, 8, 8))
     replayed = run(model, loader, **DYING, **options)
     assert replayed.history[-1]["channels"] < len(replayed.flat_gates)
@@ -87,7 +88,7 @@ def test_step_is_recorded_anew_after_channels_have_left(log, monkeypatch, option
 
 def test_tape_lets_go_of_weights_before_narrower_ones_are_made(monkeypatch):
     monkeypatch.setattr("pfs_fast.gating.compaction.MIN_STEPS_SAVED", 0.5)
-    monkeypatch.setitem(pfs.search.__globals__["COMPACT_EVERY"], "cpu", 6)
+    monkeypatch.setitem(COMPACT_EVERY, "cpu", 6)
     found, made, leave_out = [], [], Compaction.leave_out
 
     def record(*args):
