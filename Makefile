@@ -8,7 +8,7 @@ export VENV
 demo:
 	scripts/environment.sh
 	$(VENV)/bin/pfs-fast search --model resnet20 --data digits --budget 0.5 --out runs/demo --overwrite
-	$(VENV)/bin/pfs-fast train runs/demo
+	$(VENV)/bin/pfs-fast train runs/demo --overwrite
 
 test:
 	scripts/test.sh

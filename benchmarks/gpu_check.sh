@@ -1,29 +1,83 @@
 #!/usr/bin/env bash
-# Builds, tests and benchmarks everything on a GPU machine, in one command and within eight minutes.
+# Builds, and then tests or measures, on a GPU machine with 16 cores; each of the two ends within eight minutes.
 #
-#   benchmarks/gpu_check.sh
+#   benchmarks/gpu_check.sh tests     operators, everything else that needs a GPU, sanitizers
+#   benchmarks/gpu_check.sh bench     the benchmarks, what matters most first
+#   benchmarks/gpu_check.sh MODE --list     the stages alone: name, seconds at most, command; needs no GPU
 #
 # Reads:  OUT     folder for the results (default benchmarks/results)
 #         PYTHON  interpreter that has PyTorch (default python3)
 #         COMMIT  commit to note where there is no git repository
-#         wheels/ packages to use beside those installed, where there is such a folder; nothing is downloaded
-# Writes: $OUT/gpu_check.txt     machine, versions, commit, one line per stage with its time
-#         $OUT/gpu_check.log     everything the stages printed
+#         wheels/ packages to use beside those installed, where there is such a folder (Torch-Pruning for the tests);
+#                 nothing is downloaded
+# Writes: $OUT/gpu_MODE.txt      machine, versions, commit, one line per stage with its time
+#         $OUT/gpu_MODE.log      everything the stages printed
 #         $OUT/<suite>_cuda.csv  one for each suite of python -m benchmarks, profile quick
 #         $OUT/<suite>_cuda.md   their tables
 #
 # The extension is built in place for the GPUs present, or for TORCH_CUDA_ARCH_LIST. A stage that fails or runs out of time is
-# recorded and the next one goes on. Exit code: 0 all passed, 1 a stage failed, 2 no GPU.
+# recorded and the next one goes on. Exit code: 0 all passed, 1 a stage failed, 2 wrong arguments or no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+
+mode=${1:-} listing=${2:-}
+case "$mode:$listing:$#" in
+  tests::1 | bench::1 | tests:--list:2 | bench:--list:2) ;;
+  *)
+    echo "usage: benchmarks/gpu_check.sh tests|bench [--list]" >&2
+    exit 2
+    ;;
+esac
 
 OUT=${OUT:-benchmarks/results}
 PYTHON=${PYTHON:-python3}
 BUDGET_S=480
+
+# run_stages: the stages of the mode, in order, each through `stage`.
+run_stages() {
+  stage build 120 env PFS_FAST_CUDA=1 "$PYTHON" setup.py build_ext --inplace
+  if [ "$mode" = tests ]; then
+    # The emulation needs no GPU, and minutes of compiling.
+    stage op-tests 120 "$PYTHON" -m pytest -q -n 8 tests/ops -k "cuda and not emulation"
+    stage gpu-tests 90 "$PYTHON" -m pytest -q -n 8 tests --ignore=tests/ops -k "cuda or gpu"
+    # Each tensor in an allocation of its own, or memcheck sees PyTorch's large blocks instead of tensors.
+    stage memcheck 65 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+      "$PYTHON" -m pytest -q tests/ops/test_cuda_device.py -k packs_and_single_values
+    stage racecheck 65 compute-sanitizer --tool racecheck --error-exitcode 9 \
+      "$PYTHON" -m pytest -q tests/ops/test_cuda_device.py -k "packs_and_single_values and float32"
+  else
+    stage bench-step 80 bash -c 'bench --suite step --compile no'
+    stage bench-search 100 bash -c 'bench --suite search'
+    stage bench-ops 40 bash -c 'bench --suite ops'
+    stage bench-memory 30 bash -c 'bench --suite memory --compile no'
+    stage bench-agree 30 bash -c 'bench --suite agreement'
+    # Compiling takes minutes: last, and one small network alone.
+    stage bench-compile 80 bash -c 'bench --suite step --network resnet20 --compile yes'
+  fi
+}
+
+wheels() {
+  # Into a folder of their own, which comes first; what is installed stays as it is.
+  stage wheels 20 "$PYTHON" -m pip install --quiet --no-index --find-links wheels --no-deps --no-compile \
+    --target "${scratch:-SCRATCH}/site" wheels/*.whl
+}
+
+if [ -n "$listing" ]; then
+  stage() {
+    printf '%s\t%s\t' "$1" "$2"
+    shift 2
+    printf '%q ' "$@"
+    printf '\n'
+  }
+  [ "$mode" = bench ] || wheels
+  run_stages
+  exit 0
+fi
+
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
-SUMMARY=$OUT/gpu_check.txt
-LOG=$OUT/gpu_check.log
+SUMMARY=$OUT/gpu_$mode.txt
+LOG=$OUT/gpu_$mode.log
 : >"$SUMMARY"
 : >"$LOG"
 
@@ -99,27 +153,11 @@ bench() { "$PYTHON" -m benchmarks --device cuda --profile quick --out "$OUT" --p
 export -f bench
 export PYTHON OUT scratch
 
-# Into a folder of their own, which comes first; what is installed stays as it is.
-if [ -d wheels ]; then
-  stage wheels 40 "$PYTHON" -m pip install --quiet --no-index --find-links wheels --no-deps --no-compile \
-    --target "$scratch/site" wheels/*.whl
+if [ "$mode" = tests ] && [ -d wheels ]; then
+  wheels
   export PYTHONPATH=$PYTHONPATH:$scratch/site
 fi
-stage build 200 env PFS_FAST_CUDA=1 "$PYTHON" setup.py build_ext --inplace
-stage op-tests 90 "$PYTHON" -m pytest -q tests/ops -k cuda
-stage gpu-tests 60 "$PYTHON" -m pytest -q tests --ignore=tests/ops -k "cuda or gpu"
-# Each tensor in an allocation of its own, or memcheck sees PyTorch's large blocks instead of tensors.
-stage memcheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-  "$PYTHON" -m pytest -q tests/ops/test_cuda_device.py -k packs_and_single_values
-stage racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 \
-  "$PYTHON" -m pytest -q tests/ops/test_cuda_device.py -k "packs_and_single_values and float32"
-stage bench-ops 60 bash -c 'bench --suite ops'
-stage bench-step 90 bash -c 'bench --suite step --compile no'
-stage bench-memory 60 bash -c 'bench --suite memory --compile no'
-stage bench-search 120 bash -c 'bench --suite search'
-stage bench-agree 60 bash -c 'bench --suite agreement'
-# Compiling takes minutes: last, and one network alone.
-stage bench-compile 180 bash -c 'bench --suite step --network resnet50_224 --compile yes'
+run_stages
 
 say ""
 if [ "$failures" -gt 0 ]; then

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,22 @@ from benchmarks.baselines import PlainSearch, compiled_reason, cudnn_reason
 from benchmarks.footprint import peak_bytes, saved_bytes
 from benchmarks.settings import Settings
 from benchmarks.timing import Clock, Variant
+from pfs_fast._cuda_settings import cuda_settings
 from pfs_fast.gating.scope import Site, gate_sites, gated_groups
 from pfs_fast.graph.analysis import channel_graph
 from pfs_fast.graph.groups import ChannelGroups
 from pfs_fast.searching.config import PRECISIONS
+from pfs_fast.searching.graphs import side_stream
 from pfs_fast.searching.kept_memory import KeptMemory
 from pfs_fast.searching.loop import SearchLoop
 from pfs_fast.searching.plan import prepare
-from pfs_fast.searching.runner import make_runner
+from pfs_fast.searching.runner import GraphRunner, make_runner
+
+CAPTURED_AFTER = 5
+"""Steps after which every later one is a replay: those of the warm-up, and the one that is captured."""
+
+EAGER = " eager"
+"""Ends the name of a variant whose step is made call by call, where the variant itself is a replay."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ class Step:
         channels_last: Layout of the images.
         eager: Whether memory can be seen, which a compiler hides.
         by_autograd: The same step where ``take`` does without autograd, whose memory is asked for too; None: ``take``.
+        around: What a step runs in, its clock included.
+        captured: Whether ``take`` replays a CUDA graph, whose memory is set aside at the capture: it is that of ``by_autograd``.
     """
 
     take: Callable[[Tensor, Tensor], None]
@@ -42,6 +53,8 @@ class Step:
     channels_last: bool
     eager: bool = True
     by_autograd: Callable[[Tensor, Tensor], None] | None = None
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    captured: bool = False
 
     def place(self, images: Tensor) -> Tensor:
         """Images as the step wants them."""
@@ -49,14 +62,20 @@ class Step:
         return images.to(PRECISIONS[self.precision]).contiguous(memory_format=layout)
 
     def timed(self, images: Tensor, labels: Tensor) -> Variant:
-        """The step on one batch, for the timer: the second of two, since in a search a step follows its like."""
+        """The step on one batch, for the timer: the second of two, since in a search a step follows its like.
+
+        Of a graph, the one after those that it takes to capture it.
+        """
         placed = self.place(images)
+        before = iter([CAPTURED_AFTER] if self.captured else [])
 
         def run(clock: Clock) -> None:
-            self.take(placed, labels)
-            clock.restart()
-            self.take(placed, labels)
-            clock.lap("step")
+            with self.around():
+                for _ in range(next(before, 1)):
+                    self.take(placed, labels)
+                clock.restart()
+                self.take(placed, labels)
+                clock.lap("step")
 
         return run
 
@@ -67,9 +86,11 @@ class Step:
         placed = self.place(images)
         weights = [*self.network.parameters(), *self.network.buffers()]
         by_autograd = self.by_autograd or self.take
-        saved = saved_bytes(lambda: by_autograd(placed, labels), without=weights)
-        self.take(placed, labels)  # the step before, which may be recorded
-        return saved, peak_bytes(lambda: self.take(placed, labels), images.device)
+        take = by_autograd if self.captured else self.take
+        with self.around():
+            saved = saved_bytes(lambda: by_autograd(placed, labels), without=weights)
+            take(placed, labels)  # the step before, which may be recorded
+            return saved, peak_bytes(lambda: take(placed, labels), images.device)
 
 
 @dataclass(frozen=True)
@@ -88,13 +109,20 @@ def gate_places(model: nn.Module, size: int) -> tuple[ChannelGroups, tuple[Site,
     return groups, gate_sites(graph, groups, "paper")
 
 
-def _as_in_search(loop: SearchLoop) -> dict[str, Callable[[Tensor, Tensor], None]]:
-    """The step, with the memory that ``pfs_fast.search`` keeps around all of them: as the search takes it on the CPU, and by autograd.
+def _as_in_search(loop: SearchLoop, precision: str) -> dict[str, Step]:
+    """The step as ``pfs_fast.search`` takes it: with its memory, its runner, and on CUDA its stream and settings.
 
-    On CUDA all variants are stepped without graphs here.
+    Where that is a replay of a CUDA graph, the step call by call is a variant of its own.
     """
     memory = KeptMemory()
-    replayed = make_runner(loop, None).step if loop.device.type == "cpu" else loop.step
+    runner = make_runner(loop, None)
+    device = loop.device
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with side_stream(device, stream), cuda_settings(device, repeatable=True):
+            yield
 
     def inside(step: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
         def run(images: Tensor, labels: Tensor) -> None:
@@ -103,7 +131,18 @@ def _as_in_search(loop: SearchLoop) -> dict[str, Callable[[Tensor, Tensor], None
 
         return run
 
-    return {"take": inside(replayed), "by_autograd": inside(loop.step)}
+    ours = Step(
+        inside(runner.step),
+        loop.network,
+        precision,
+        channels_last=True,
+        by_autograd=inside(loop.step),
+        around=around,
+        captured=isinstance(runner, GraphRunner),
+    )
+    if not ours.captured:
+        return {"ours": ours}
+    return {"ours": ours, "ours" + EAGER: replace(ours, take=ours.by_autograd, captured=False)}
 
 
 def all_steps(
@@ -130,9 +169,7 @@ def all_steps(
     steps = {
         "naive": Step(naive.step, naive.network, "fp32", channels_last=False),
         "folded": Step(folded.step, folded.network, native, channels_last=True),
-        "ours": Step(
-            network=loop.network, precision=native, channels_last=True, **_as_in_search(loop)
-        ),
+        **_as_in_search(loop, native),
     }
     skipped = {"cudnn": cudnn_reason(device)}
     reason = compiled_reason(device, settings.compiled)

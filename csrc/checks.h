@@ -1,5 +1,6 @@
-// Argument checks of all kernels, and the only home of their error texts:
-// "<op>: <argument> must <rule>, got <value>; <repair>".
+// Argument checks of all operators, and the only home of their error texts:
+// "<op>: <argument> must <rule>, got <value>; <repair>". What is no argument of an operator (the
+// environment, a second derivative, a tape) is checked where it is used.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -146,6 +147,88 @@ inline Act check_bn_gate_act_backward(const at::Tensor& grad_y, const at::Tensor
   return parsed;
 }
 
+// Checks a convolution's bias: one value per output channel of weight, dtype and device of x.
+inline void check_conv_bias(const char* op, const std::optional<at::Tensor>& bias,
+                            const at::Tensor& weight, const at::Tensor& x) {
+  if (!is_present(bias)) return;
+  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), op,
+                    ": bias must have shape [C_out] with C_out = ", weight.size(0),
+                    " (weight.size(0)), got ", bias->sizes(), "; pass one value per output channel");
+  TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), op, ": bias must have the dtype of x, ",
+                   x.scalar_type(), ", got ", bias->scalar_type(), "; cast the frozen bias once");
+  check_same_device(op, "bias", *bias, x);
+}
+
+// Checks that a frozen weight has the dtype and device of x.
+inline void check_conv_weight(const char* op, const at::Tensor& weight, const char* x_name,
+                              const at::Tensor& x) {
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, ": weight must have the dtype of ",
+                   x_name, ", ", x.scalar_type(), ", got ", weight.scalar_type(),
+                   "; cast the frozen weight once");
+  check_same_device(op, "weight", weight, x, x_name);
+}
+
+inline void check_conv_options(const char* op, const at::Tensor& weight, int64_t dims,
+                               at::IntArrayRef stride, at::IntArrayRef padding,
+                               at::IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK_VALUE(weight.dim() == dims, op, ": weight must have ", dims,
+                    " dimensions [C_out, C_in / groups, *kernel], got ", weight.sizes(),
+                    "; it must belong to a convolution of this many spatial dimensions");
+  const auto check_list = [&](const char* name, at::IntArrayRef values, int64_t least) {
+    TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == dims - 2, op, ": ", name,
+                      " must have one value per spatial dimension (", dims - 2, "), got ", values,
+                      "; pass one number or one for each");
+    for (const int64_t value : values) {
+      TORCH_CHECK_VALUE(value >= least, op, ": ", name, " must be at least ", least, ", got ",
+                        values, "; correct it");
+    }
+  };
+  check_list("stride", stride, 1);
+  check_list("padding", padding, 0);
+  check_list("dilation", dilation, 1);
+  TORCH_CHECK_VALUE(groups >= 1 && weight.size(0) % groups == 0, op,
+                    ": groups must be at least 1 and divide the output channels, ", weight.size(0),
+                    ", got ", groups, "; correct it");
+}
+
+inline void check_frozen_conv(const char* op, const at::Tensor& x, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK_VALUE(x.dim() >= 3 && x.dim() <= 5, op,
+                    ": x must have 3 to 5 dimensions [N, C, *spatial], got shape ", x.sizes(),
+                    "; add the batch dimension");
+  check_conv_options(op, weight, x.dim(), stride, padding, dilation, groups);
+  TORCH_CHECK_VALUE(x.size(1) == weight.size(1) * groups, op, ": x must have ",
+                    weight.size(1) * groups, " channels (weight.size(1) * groups), got ", x.size(1),
+                    "; weight and x do not belong together");
+  check_conv_weight(op, weight, "x", x);
+  check_conv_bias(op, bias, weight, x);
+}
+
+inline void check_frozen_conv_gradient(const char* op, const at::Tensor& grad_y,
+                                       const at::Tensor& weight, at::IntArrayRef input_size,
+                                       at::IntArrayRef stride, at::IntArrayRef padding,
+                                       at::IntArrayRef dilation, int64_t groups) {
+  const int64_t dims = static_cast<int64_t>(input_size.size());
+  TORCH_CHECK_VALUE(dims >= 3 && dims <= 5 && grad_y.dim() == dims, op,
+                    ": grad_y must have the dimensions of the input, ", input_size, ", got shape ",
+                    grad_y.sizes(), "; pass the gradient of frozen_conv's output");
+  check_conv_options(op, weight, dims, stride, padding, dilation, groups);
+  check_conv_weight(op, weight, "grad_y", grad_y);
+}
+
+// grad_x: what grad_y and the options lead to.
+inline void check_input_size(const char* op, at::IntArrayRef input_size, const at::Tensor& grad_x) {
+  TORCH_CHECK_VALUE(grad_x.sizes() == input_size, op,
+                    ": input_size must be the shape that frozen_conv had, got ", input_size,
+                    " where grad_y leads to ", grad_x.sizes(), "; pass x.shape");
+}
+
+inline void check_tile(const char* op, int64_t tile) {
+  TORCH_CHECK_VALUE(tile == 2 || tile == 4, op, ": tile must be 2 or 4, got ", tile,
+                    "; frozen_conv convolves directly");
+}
+
 inline void check_winograd_image(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(t.dim() == 4, op, ": ", name,
                     " must have 4 dimensions [N, C, H, W], got shape ", t.sizes(),
@@ -161,13 +244,10 @@ inline void check_winograd_weight(const char* op, const at::Tensor& weight, cons
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
                     ": weight must have shape [C_out, C_in, 3, 3], got ", weight.sizes(),
                     "; use frozen_conv for other kernels");
-  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, ": weight must have the dtype of ",
-                   x_name, ", ", x.scalar_type(), ", got ", weight.scalar_type(),
-                   "; cast the frozen weight once");
   TORCH_CHECK_VALUE(x.size(1) == weight.size(channel_dim), op, ": ", x_name, " must have ",
                     weight.size(channel_dim), " channels (weight.size(", channel_dim, ")), got ",
                     x.size(1), "; weight and ", x_name, " do not belong together");
-  check_same_device(op, "weight", weight, x, x_name);
+  check_conv_weight(op, weight, x_name, x);
   TORCH_CHECK_VALUE(padding.size() == 2, op, ": padding must have two values, got ", padding,
                     "; pass one for each spatial dimension");
   for (const int64_t value : padding) {
@@ -185,16 +265,7 @@ inline void check_winograd_input(const char* op, const at::Tensor& x, const at::
                       ": x must be at least 3 high and wide with its padding, got shape ",
                       x.sizes(), " and padding ", padding, "; pad it");
   }
-  if (is_present(bias)) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), op,
-                      ": bias must have shape [C_out] with C_out = ", weight.size(0),
-                      " (weight.size(0)), got ", bias->sizes(),
-                      "; pass one value per output channel");
-    TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), op,
-                     ": bias must have the dtype of x, ", x.scalar_type(), ", got ",
-                     bias->scalar_type(), "; cast the frozen bias once");
-    check_same_device(op, "bias", *bias, x);
-  }
+  check_conv_bias(op, bias, weight, x);
 }
 
 inline void check_winograd_gradient(const char* op, const at::Tensor& grad_y,
@@ -207,6 +278,24 @@ inline void check_winograd_gradient(const char* op, const at::Tensor& grad_y,
                       ", got shape ", grad_y.sizes(),
                       "; pass the gradient of winograd_conv's output");
   }
+}
+
+// u: output of the convolution, as conv_bn_gate_act returned it.
+inline void check_conv_bn_output(const char* op, const at::Tensor& u) {
+  TORCH_CHECK_VALUE(u.dim() == 4 && u.is_contiguous(at::MemoryFormat::ChannelsLast), op,
+                    ": u must be dense in channels_last, got strides ", u.strides(),
+                    "; pass what conv_bn_gate_act returned");
+}
+
+inline void check_grad_branch(const char* op, const at::Tensor& grad_branch,
+                              const at::Tensor& grad_x, const at::Tensor& grad_y) {
+  TORCH_CHECK_VALUE(grad_branch.sizes() == grad_x.sizes(), op,
+                    ": grad_branch must have the shape of x, ", grad_x.sizes(), ", got ",
+                    grad_branch.sizes(), "; pass the gradient of x's other use");
+  TORCH_CHECK_TYPE(grad_branch.scalar_type() == grad_x.scalar_type(), op,
+                   ": grad_branch must have the dtype of grad_y, ", grad_x.scalar_type(), ", got ",
+                   grad_branch.scalar_type(), "; cast it");
+  check_same_device(op, "grad_branch", grad_branch, grad_y, "grad_y");
 }
 
 inline void check_gate_vector(const char* name, const at::Tensor& t, const at::Tensor& gates,

@@ -12,28 +12,6 @@
 namespace pfs {
 namespace {
 
-void check_options(const char* op, const at::Tensor& weight, int64_t dims, at::IntArrayRef stride,
-                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  TORCH_CHECK_VALUE(weight.dim() == dims, op, ": weight must have ", dims,
-                    " dimensions [C_out, C_in / groups, *kernel], got ", weight.sizes(),
-                    "; it must belong to a convolution of this many spatial dimensions");
-  const auto check_list = [&](const char* name, at::IntArrayRef values, int64_t least) {
-    TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == dims - 2, op, ": ", name,
-                      " must have one value per spatial dimension (", dims - 2, "), got ", values,
-                      "; pass one number or one for each");
-    for (const int64_t value : values) {
-      TORCH_CHECK_VALUE(value >= least, op, ": ", name, " must be at least ", least, ", got ",
-                        values, "; correct it");
-    }
-  };
-  check_list("stride", stride, 1);
-  check_list("padding", padding, 0);
-  check_list("dilation", dilation, 1);
-  TORCH_CHECK_VALUE(groups >= 1 && weight.size(0) % groups == 0, op,
-                    ": groups must be at least 1 and divide the output channels, ", weight.size(0),
-                    ", got ", groups, "; correct it");
-}
-
 // Whether grad_y has the shape of the output for input_size.
 bool has_output_of(const at::Tensor& grad_y, const at::Tensor& weight, at::IntArrayRef input_size,
                    at::IntArrayRef stride, at::IntArrayRef padding) {
@@ -57,27 +35,7 @@ at::Tensor frozen_conv(const at::Tensor& x, const at::Tensor& weight, const Opti
                        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                        int64_t groups) {
   constexpr const char* op = "frozen_conv";
-  TORCH_CHECK_VALUE(x.dim() >= 3 && x.dim() <= 5, op,
-                    ": x must have 3 to 5 dimensions [N, C, *spatial], got shape ", x.sizes(),
-                    "; add the batch dimension");
-  check_options(op, weight, x.dim(), stride, padding, dilation, groups);
-  TORCH_CHECK_VALUE(x.size(1) == weight.size(1) * groups, op, ": x must have ",
-                    weight.size(1) * groups, " channels (weight.size(1) * groups), got ", x.size(1),
-                    "; weight and x do not belong together");
-  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op,
-                   ": weight must have the dtype of x, ", x.scalar_type(), ", got ",
-                   weight.scalar_type(), "; cast the frozen weight once");
-  checks::check_same_device(op, "weight", weight, x);
-  if (checks::is_present(bias)) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), op,
-                      ": bias must have shape [C_out] with C_out = ", weight.size(0),
-                      " (weight.size(0)), got ", bias->sizes(),
-                      "; pass one value per output channel");
-    TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), op,
-                     ": bias must have the dtype of x, ", x.scalar_type(), ", got ",
-                     bias->scalar_type(), "; cast the frozen bias once");
-    checks::check_same_device(op, "bias", *bias, x);
-  }
+  checks::check_frozen_conv(op, x, weight, bias, stride, padding, dilation, groups);
   if (x.size(0) > 0 && cpu::direct_conv_serves(x, weight, stride, dilation, groups) &&
       fits(x, weight, padding)) {
     return cpu::direct_conv(x, weight, bias, stride, padding);
@@ -95,14 +53,8 @@ at::Tensor frozen_conv_backward(const at::Tensor& grad_y, const at::Tensor& weig
                                 at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   constexpr const char* op = "_frozen_conv_backward";
   const int64_t dims = static_cast<int64_t>(input_size.size());
-  TORCH_CHECK_VALUE(dims >= 3 && dims <= 5 && grad_y.dim() == dims, op,
-                    ": grad_y must have the dimensions of the input, ", input_size, ", got shape ",
-                    grad_y.sizes(), "; pass the gradient of frozen_conv's output");
-  check_options(op, weight, dims, stride, padding, dilation, groups);
-  TORCH_CHECK_TYPE(weight.scalar_type() == grad_y.scalar_type(), op,
-                   ": weight must have the dtype of grad_y, ", grad_y.scalar_type(), ", got ",
-                   weight.scalar_type(), "; use one dtype");
-  checks::check_same_device(op, "weight", weight, grad_y, "grad_y");
+  checks::check_frozen_conv_gradient(op, grad_y, weight, input_size, stride, padding, dilation,
+                                     groups);
   if (dims == 4 && cpu::direct_conv_serves(grad_y, weight, stride, dilation, groups) &&
       has_output_of(grad_y, weight, input_size, stride, padding)) {
     return cpu::direct_conv_backward(grad_y, weight, input_size, stride, padding);
@@ -116,9 +68,7 @@ at::Tensor frozen_conv_backward(const at::Tensor& grad_y, const at::Tensor& weig
   }
   const at::Tensor grad_x = at::convolution(grad_y, weight, /*bias=*/{}, stride, padding, dilation,
                                             /*transposed=*/true, output_padding, groups);
-  TORCH_CHECK_VALUE(grad_x.sizes() == input_size, op,
-                    ": input_size must be the shape that frozen_conv had, got ", input_size,
-                    " where grad_y leads to ", grad_x.sizes(), "; pass x.shape");
+  checks::check_input_size(op, input_size, grad_x);
   return grad_x.contiguous(grad_y.suggest_memory_format());
 }
 

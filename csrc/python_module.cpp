@@ -2,10 +2,13 @@
 // what the library can say about itself, and the classes that Python holds. Python.h is included
 // here and in python_tape.cpp alone.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "cpu/direct_conv.h"
 #include "cpu/kept_memory.h"
 #include "pfs_ops.h"
 #include "python_tape.h"
@@ -36,6 +39,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cpu_isa", [] { return std::string(pfs::cpu_isa()); },
       "Instruction set of the CPU kernels in this process.");
+  m.def(
+      "direct_conv_pays",
+      [](const std::vector<int64_t>& weight_size, const std::vector<int64_t>& stride,
+         const std::vector<int64_t>& dilation, int64_t groups) {
+        return pfs::cpu::direct_conv_pays(weight_size, stride, dilation, groups);
+      },
+      "Whether frozen_conv has a kernel of its own for a weight of size [C_out, C_in / groups, "
+      "*kernel] and float32 images in channels_last on the CPU.");
   pybind11::class_<pfs::cpu::KeptMemory>(
       m, "KeptMemory", "See pfs_fast/searching/kept_memory.py.")
       .def(pybind11::init<>())

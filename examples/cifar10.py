@@ -22,6 +22,8 @@ def main() -> None:
     splits = pfs.data.cifar10(args.data)
     print(splits)
     train, val, test = splits.loaders(batch_size=128, eval_batch_size=500, device=device)
+    if test is None:
+        raise SystemExit(f"{args.data} must hold x_test and y_test")
 
     base = pfs.models.get(args.model)
     wide = pfs.models.get(args.model, expansion=args.expansion)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pfs_fast"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each imports only what stands before it.
 ORDER = (
-    ("errors", "_ambient", "_modules", "_library"),
+    ("errors", "_ambient", "_cuda_settings", "_json", "_modules", "_tensors", "_library"),
     ("models", "data", "ops"),
     ("graph",),
     ("budgets",),

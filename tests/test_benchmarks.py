@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_in_graphs import StandInGraphs
 from torch import nn
 
 import pfs_fast as pfs
@@ -276,6 +277,39 @@ def test_step_suite_writes_a_row_for_every_variant(tmp_path, monkeypatch, capsys
     command.main(line.split())
     assert len((tmp_path / "step_cpu.md").read_text().splitlines()) == len(tables.splitlines())
     assert len(read(tmp_path / "step_cpu.csv")) == 2 * len(rows)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> StandInGraphs:
+    """Runners of CUDA on the CPU."""
+    stand_in = StandInGraphs()
+    monkeypatch.setattr("pfs_fast.searching.loop.DEFERRED", frozenset({"cpu"}))
+    monkeypatch.setattr("pfs_fast.searching.runner._graphs", lambda loop: stand_in)
+    return stand_in
+
+
+@needs_operators
+def test_our_step_is_timed_as_the_replay_that_a_search_makes(settings, graphs, monkeypatch):
+    """A capture is no part of any round, and the step call by call has a row of its own."""
+    marks: list[str] = []
+    monkeypatch.setattr(Clock, "lap", lambda clock, name: marks.append(graphs.log[-1]))
+    built, _, images, labels = step.build("resnet20", settings)
+    assert list(built.steps) == ["naive", "folded", "ours", "ours eager"]
+    timed = {name: built.steps[name].timed(images, labels) for name in ("ours", "ours eager")}
+    for _ in range(2):
+        timed["ours"](Clock(CPU))
+    assert graphs.log == ["capture", *["replay"] * 5]  # 3 + 2 + 1 steps, and then 1 + 1
+    assert marks == ["replay", "replay"]
+    timed["ours eager"](Clock(CPU))
+    assert graphs.log.count("replay") == 5
+
+
+@needs_operators
+def test_memory_of_a_replay_is_that_of_its_step(settings, graphs):
+    built, _, images, labels = step.build("resnet20", settings)
+    found = {v: built.steps[v].footprint(images, labels) for v in ("ours", "ours eager")}
+    assert found["ours"] == pytest.approx(found["ours eager"], rel=0.01)
+    assert "replay" not in graphs.log
 
 
 @needs_operators

@@ -61,23 +61,46 @@ def test_only_instruction_set_files_carry_machine_flags(build):
     assert not [flag for flag in build.CXX_FLAGS if flag.startswith("-m")]
 
 
-def test_instruction_set_files_include_no_tensor_headers():
+def test_instruction_set_files_include_no_tensor_headers(build):
     """An inline function of ATen compiled for AVX512 could be linked into code for all."""
-    allowed = ("ATen/cpu/vec/", "c10/util/BFloat16", "c10/util/Half")
-    starts = [ROOT / "csrc/cpu" / f"bn_gate_act_kernel_{isa}.cpp" for isa in ("avx2", "avx512")]
-    seen, waiting = set(), starts
+    starts = [
+        ROOT / source.path
+        for source in build.read_sources()
+        if re.search(r"_kernel_(baseline|avx2|avx512)\.cpp$", source.path)
+    ]
+    assert {ROOT / source.path for source in build.read_sources() if source.kind == "x86"} < set(
+        starts
+    )
+    seen, waiting = set(), list(starts)
     while waiting:
         path = waiting.pop()
         if path in seen:
             continue
         seen.add(path)
         for name in re.findall(r'#include\s+[<"]([^>"]+)[>"]', path.read_text()):
-            assert not name.startswith(("ATen/", "c10/", "torch/")) or name.startswith(allowed), (
-                f"{path.name} includes {name}"
-            )
+            assert not name.startswith(("ATen/", "c10/", "torch/")), f"{path.name} includes {name}"
             near, far = path.parent / name, ROOT / "csrc" / name
             waiting += [found for found in (near, far) if found.is_file()][:1]
-    assert len(seen) > 2
+    assert len(seen) > len(starts)
+
+
+def test_source_list_defines_only_what_the_sources_read(build):
+    text = "".join(
+        path.read_text() for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".txt"
+    )
+    for source in build.read_sources():
+        for flag in source.flags:
+            name = flag.removeprefix("-D").partition("=")[0]
+            assert not flag.startswith("-D") or name in text, f"{source.path}: {flag}"
+
+
+def test_checks_of_arguments_lie_in_one_file():
+    """An error text in two places says two things after a while."""
+    checks = re.compile(r"TORCH_CHECK_\w+\([^;]*?,\s*op,\s*\": ")
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        found = checks.findall(path.read_text())
+        assert not found or path.name == "checks.h", (path.name, found)
+    assert checks.search((ROOT / "csrc/checks.h").read_text())
 
 
 def test_version_is_written_once():
@@ -85,6 +108,15 @@ def test_version_is_written_once():
     assert re.fullmatch(r"\d+\.\d+\.\d+([.-]?\w+)?", version)
     for name in ("pyproject.toml", "setup.py", "CMakeLists.txt"):
         assert f'"{version}"' not in (ROOT / name).read_text(), name
+
+
+def test_changelog_names_the_versions_of_files():
+    from pfs_fast.budgets import structure
+    from pfs_fast.searching import result
+
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.search(r"Structure files are version (\d+) and search files version (\d+)", text)
+    assert versions.groups() == (str(structure.VERSION), str(result.VERSION))
 
 
 def test_cuda_can_be_switched_off(build, monkeypatch):

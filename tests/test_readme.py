@@ -5,8 +5,11 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,28 @@ def test_readme_example_runs(tmp_path, monkeypatch, capsys):
     assert names["small"].macs_share <= 0.3
     assert (tmp_path / "slim.safetensors").exists()
     assert "MACs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["README.md", "examples/quickstart.py", "examples/cifar10.py"])
+def test_example_passes_a_strict_type_checker(source, tmp_path):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    code = blocks("python")[0] if source == "README.md" else (ROOT / source).read_text("utf-8")
+    (tmp_path / "example.py").write_text(code, encoding="utf-8")
+    # PyTorch's own annotations take half a minute, and say nothing of this package's.
+    skipped = "[mypy]\n" + "".join(
+        f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in ("torch", "numpy")
+    )
+    (tmp_path / "mypy.ini").write_text(skipped, encoding="utf-8")
+    package = Path(pfs.__file__).parents[1]
+    path = {} if package.name == "site-packages" else {"MYPYPATH": str(package)}
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "example.py"],
+        cwd=tmp_path,
+        env={**os.environ, **path},
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example.name for example in EXAMPLES])

@@ -28,7 +28,8 @@ def measure(name: str, settings: Settings) -> Case:
     found: dict[str, tuple[int, int]] = {}
     for variant, step in built.steps.items():
         if step.eager:
-            step.take(step.place(images), labels)
+            with step.around():
+                step.take(step.place(images), labels)
             found[variant] = step.footprint(images, labels)
     case = {"network": name, "batch": len(images)}
     naive_saved, naive_peak = found["naive"]

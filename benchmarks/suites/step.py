@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.roofline import Work, step_floor
 from benchmarks.settings import NETWORKS, Settings
-from benchmarks.steps import Steps, all_steps
+from benchmarks.steps import EAGER, Steps, all_steps
 from benchmarks.tables import Case, mib, timing_rows
 from benchmarks.timing import time_variants
 
@@ -46,7 +46,7 @@ def measure(name: str, settings: Settings) -> Case:
     timings = time_variants(variants, device=settings.device, effort=settings.profile.effort)
     memory = {v: step.footprint(images, labels) for v, step in steps.items()}
     floors = {
-        v: step_floor(work, v, step.precision, batch, settings.ceilings)
+        v: step_floor(work, v.removesuffix(EAGER), step.precision, batch, settings.ceilings)
         for v, step in steps.items()
     }
     shares = {v: floors[v]["floor_ms"] / timings.time(v).median for v in steps}

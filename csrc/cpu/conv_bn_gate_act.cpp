@@ -174,9 +174,7 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
     const OptionalTensor& grad_branch) {
   constexpr const char* op = "_conv_bn_gate_act_backward";
   checks::check_winograd_gradient(op, grad_y, conv_weight, padding);
-  TORCH_CHECK_VALUE(u.dim() == 4 && u.is_contiguous(kLast), op,
-                    ": u must be dense in channels_last, got strides ", u.strides(),
-                    "; pass what conv_bn_gate_act returned");
+  checks::check_conv_bn_output(op, u);
   const Act act = checks::check_bn_gate_act_backward(grad_y, u, mean, var, gate, weight, bias, aux,
                                                      act_name, has_residual, op);
   const at::ScalarType type = u.scalar_type();
@@ -216,13 +214,7 @@ BnGateActGrads conv_bn_gate_act_backward_cpu(
                         type, kLast);
     at::Tensor branch;
     if (checks::is_present(grad_branch)) {
-      TORCH_CHECK_VALUE(grad_branch->sizes() == grad_x.sizes(), op,
-                        ": grad_branch must have the shape of x, ", grad_x.sizes(), ", got ",
-                        grad_branch->sizes(), "; pass the gradient of x's other use");
-      TORCH_CHECK_TYPE(grad_branch->scalar_type() == type, op,
-                       ": grad_branch must have the dtype of grad_y, ", type, ", got ",
-                       grad_branch->scalar_type(), "; cast it");
-      checks::check_same_device(op, "grad_branch", *grad_branch, grad_y, "grad_y");
+      checks::check_grad_branch(op, *grad_branch, grad_x, grad_y);
       branch = grad_branch->contiguous(kLast);
     }
     WinogradPass pass{winograd, shape,   nullptr, data_of(dense_weight),

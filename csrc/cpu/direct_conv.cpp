@@ -4,6 +4,8 @@
 // convolution for each position of a pixel within the stride, over the taps that reach it.
 #include "direct_conv.h"
 
+#include <c10/util/accumulate.h>
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -244,18 +246,21 @@ Taps taps_of(const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef p
 
 }  // namespace
 
+bool direct_conv_pays(at::IntArrayRef weight_size, at::IntArrayRef stride,
+                      at::IntArrayRef dilation, int64_t groups) {
+  if (weight_size.size() != 4 || groups != 1 || dilation[0] != 1 || dilation[1] != 1) return false;
+  const bool strided = stride[0] > 1 || stride[1] > 1;
+  const bool pointwise = weight_size[2] == 1 && weight_size[3] == 1;
+  const int64_t values = c10::multiply_integers(weight_size);
+  return values > 0 && values * static_cast<int64_t>(sizeof(float)) <= kMaxWeightBytes &&
+         (strided || pointwise || weight_size[1] < kFewChannels);
+}
+
 bool direct_conv_serves(const at::Tensor& image, const at::Tensor& weight, at::IntArrayRef stride,
                         at::IntArrayRef dilation, int64_t groups) {
-  if (image.dim() != 4 || image.scalar_type() != at::kFloat || !image.is_cpu() || groups != 1 ||
-      dilation[0] != 1 || dilation[1] != 1 ||
-      image.suggest_memory_format() != at::MemoryFormat::ChannelsLast) {
-    return false;
-  }
-  const bool strided = stride[0] > 1 || stride[1] > 1;
-  const bool pointwise = weight.size(2) == 1 && weight.size(3) == 1;
-  const int64_t bytes = weight.numel() * static_cast<int64_t>(sizeof(float));
-  return weight.numel() > 0 && bytes <= kMaxWeightBytes &&
-         (strided || pointwise || weight.size(1) < kFewChannels);
+  return image.dim() == 4 && image.scalar_type() == at::kFloat && image.is_cpu() &&
+         image.suggest_memory_format() == at::MemoryFormat::ChannelsLast &&
+         direct_conv_pays(weight.sizes(), stride, dilation, groups);
 }
 
 at::Tensor direct_conv(const at::Tensor& x_in, const at::Tensor& weight_in,

@@ -9,7 +9,12 @@
 
 namespace pfs::cpu {
 
-// Whether direct_conv and its gradient are the faster ones for this weight. image: x or grad_y.
+// Whether direct_conv and its gradient are the faster ones for a weight of this size, for float32
+// images in channels_last. weight_size: [C_out, C_in / groups, *kernel].
+bool direct_conv_pays(at::IntArrayRef weight_size, at::IntArrayRef stride,
+                      at::IntArrayRef dilation, int64_t groups);
+
+// Whether they are for this image, x or grad_y, and this weight.
 bool direct_conv_serves(const at::Tensor& image, const at::Tensor& weight, at::IntArrayRef stride,
                         at::IntArrayRef dilation, int64_t groups);
 

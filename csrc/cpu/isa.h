@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "../checks.h"
 #include "bn_gate_act_kernel.h"
 #include "gemm_kernel.h"
 #include "max_pool_kernel.h"
@@ -76,8 +77,7 @@ inline const Isa& chosen_isa() {
 
 // type: of images and weights, float or bfloat16.
 inline const WinogradKernels& winograd_kernels(const char* op, int64_t tile, c10::ScalarType type) {
-  TORCH_CHECK_VALUE(tile == 2 || tile == 4, op, ": tile must be 2 or 4, got ", tile,
-                    "; frozen_conv convolves directly");
+  checks::check_tile(op, tile);
   return chosen_isa().winograd[tile / 2 - 1 + (type == c10::kBFloat16 ? 2 : 0)];
 }
 

@@ -145,7 +145,7 @@ class Budget:
                 f"Budget: latency must be the only limit on time, got latency={self.latency:g} and "
                 f"latency_ms={self.latency_ms:g}; leave one of them out"
             )
-        if self.multiple_of != "auto":
+        if not isinstance(self.multiple_of, str) or self.multiple_of != "auto":
             object.__setattr__(self, "multiple_of", checked_count("multiple_of", self.multiple_of))
         object.__setattr__(self, "min_channels", checked_count("min_channels", self.min_channels))
         object.__setattr__(self, "widths", checked_widths(self.widths))
@@ -179,6 +179,11 @@ class Budget:
         if not isinstance(text, str):
             raise BudgetError(
                 f"Budget.parse: text must be a string, got {text!r}; pass numbers to Budget itself"
+            )
+        unknown = sorted(more.keys() - {"widths", "ignore"})
+        if unknown:
+            raise BudgetError(
+                f"Budget.parse: only widths and ignore may be given beside the text, got {', '.join(unknown)}; write it into the text"
             )
         known = [f.name for f in fields(Budget) if f.name not in ("widths", "ignore")]
         values: dict[str, Any] = {}

@@ -16,6 +16,11 @@ _NUMBER = re.compile(
     r"^(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d+))?\s*(KiB|MiB|GiB|[KMGB%]?)$", re.IGNORECASE
 )
 
+LARGEST = 2**63 - 1  # that costs are counted in
+MOST_CHANNELS = 2**31 - 1
+_DIGITS = 100  # of a number in a text
+_EXPONENT = 400
+
 Width = int | float | None
 Widths = tuple[tuple[str, tuple[Width, Width]], ...]
 
@@ -32,9 +37,13 @@ def checked_limit(name: str, value: object) -> float | int | None:
         raise BudgetError(
             f"Budget: {name} must be a number, got {value!r}; pass a share such as 0.5 or a whole number"
         )
-    if not math.isfinite(value):
+    if _is_beyond(value):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BudgetError(
+                f"Budget: {name} must be finite, got {value!r}; leave it out for no limit"
+            )
         raise BudgetError(
-            f"Budget: {name} must be finite, got {value!r}; leave it out for no limit"
+            f"Budget: {name} must be at most 2**63 - 1, got a number beyond; leave it out for no limit"
         )
     if value <= 0:
         raise BudgetError(
@@ -56,11 +65,23 @@ def checked_limit(name: str, value: object) -> float | int | None:
     )
 
 
+def _is_beyond(value: numbers.Real) -> bool:
+    """Whether no 64-bit integer is near: also true of NaN."""
+    try:
+        return (
+            not abs(int(value) if isinstance(value, numbers.Integral) else float(value)) <= LARGEST
+        )
+    except OverflowError:
+        return True
+
+
 def checked_count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise BudgetError(
             f"Budget: {name} must be a whole number of channels, got {value!r}; pass e.g. 8"
         )
+    if value > MOST_CHANNELS:
+        raise BudgetError(f"Budget: {name} must be at most 2**31 - 1, got more; lower it")
     if value < 1:
         raise BudgetError(f"Budget: {name} must be at least 1, got {value!r}; leave it out for 1")
     return int(value)
@@ -70,9 +91,15 @@ def checked_time(value: object) -> float | None:
     """A valid latency: ``None``, or milliseconds above 0."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or _is_beyond(value):
+        got = (
+            "a number beyond 2**63"
+            if isinstance(value, int) and not isinstance(value, bool)
+            else repr(value)
+        )
         raise BudgetError(
-            f"Budget: latency_ms must be a finite number of milliseconds, got {value!r}; pass e.g. 20"
+            f"Budget: latency_ms must be a finite number of milliseconds, got {got}; pass e.g. 20"
         )
     if value <= 0:
         raise BudgetError(
@@ -121,6 +148,10 @@ def _checked_width(pattern: str, width: object) -> Width:
     if width is None:
         return None
     real = isinstance(width, numbers.Real) and not isinstance(width, bool)
+    if real and width > MOST_CHANNELS:
+        raise BudgetError(
+            f"Budget: widths[{pattern!r}] must be at most 2**31 - 1 channels, got more; write None for an open end"
+        )
     if real and isinstance(width, numbers.Integral) and width >= 1:
         return int(width)
     if real and not isinstance(width, numbers.Integral) and 0 < width <= 1:
@@ -151,7 +182,15 @@ def parsed_number(number: str, text: str) -> float | int:
             f"Budget.parse: a value must be a number such as 0.5, 50%, 150M or 1000000, got {number!r} in {text!r}"
         )
     digits, exponent, suffix = match.groups()
+    if len(number) > _DIGITS or abs(int(exponent or 0)) > _EXPONENT:
+        shown = number if len(number) <= _DIGITS else f"{number[:20]}..."
+        raise BudgetError(
+            f"Budget.parse: a value must have at most {_DIGITS} characters and an exponent up to {_EXPONENT}, got {shown!r}; "
+            "write fewer digits"
+        )
     value = Fraction(digits) * Fraction(10) ** int(exponent or 0)
+    if value > LARGEST:
+        return LARGEST + 1  # the budget refuses it by its name
     if suffix == "%":
         return float(value / 100)
     value *= {**_SUFFIX, **_BINARY}[suffix.upper()]

@@ -60,8 +60,10 @@ class Deployment:
                 raise BudgetError(
                     f"Budget: {name} must be a whole number of at least 1, got {value!r}; pass e.g. 1"
                 )
+            if value >= 2**31:
+                raise BudgetError(f"Budget: {name} must be at most 2**31 - 1, got more; lower it")
             object.__setattr__(self, name, int(value))
-        if self.precision not in DTYPES:
+        if not isinstance(self.precision, str) or self.precision not in DTYPES:
             raise BudgetError(
                 f"Budget: precision must be one of {', '.join(map(repr, DTYPES))}, got {self.precision!r}"
             )

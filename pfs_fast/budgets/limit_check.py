@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -89,9 +89,10 @@ def read_checks(entries: Any) -> tuple[LimitCheck, ...]:
             numbers = {name: entry[name] for name in names - {"name"}}
             good = all(
                 (value is None and name in ("measured", "spread"))
-                or (type(value) in (int, float) and math.isfinite(value) and value >= 0)
+                or (type(value) in (int, float) and 0 <= value <= sys.float_info.max)
                 for name, value in numbers.items()
             )
+            good = good and (entry["measured"] is None) == (entry["spread"] is None)
         if not good:
             raise FileFormatError(
                 f"Structure.from_json: limits must be a list of checks with {', '.join(sorted(names))}, got {str(entry)[:80]}"

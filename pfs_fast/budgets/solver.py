@@ -6,13 +6,14 @@ channel that enters, so bisection over the ranked channels with the exact cost g
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..errors import InfeasibleBudgetError
+from ..errors import BudgetError, InfeasibleBudgetError
 from ..graph.groups import ChannelGroups
 from .bounds import unit_bounds
 from .budget import Budget, Limits, Widths
@@ -288,8 +289,10 @@ def pareto(
         list[ParetoPoint]: One point for each fraction, kept units nested.
 
     Raises:
+        BudgetError: For fractions that are no shares, or another option outside its range.
         InfeasibleBudgetError: If a fraction that was asked for is below the floor.
     """
+    shares = [step / 20 for step in range(1, 21)] if fractions is None else _shares(fractions)
     cost_model = CostModel(groups) if cost_model is None else cost_model
     reference = cost_model.base if reference is None else reference
 
@@ -301,10 +304,25 @@ def pareto(
     sweep = Sweep.within(groups, gates, died_at, limits_at(1.0), cost_model)
     skip_infeasible = fractions is None
     points = []
-    for fraction in [step / 20 for step in range(1, 21)] if fractions is None else fractions:
-        limits = limits_at(float(fraction))
+    for fraction in shares:
+        limits = limits_at(fraction)
         if skip_infeasible and not limits.allow(sweep.floor):
             continue
         keep = sweep.largest(limits)
-        points.append(ParetoPoint(float(fraction), *cost_model.evaluate(keep), keep))
+        points.append(ParetoPoint(fraction, *cost_model.evaluate(keep), keep))
     return points
+
+
+def _shares(fractions: Sequence[float]) -> list[float]:
+    found: list[float] = []
+    text = isinstance(fractions, str)
+    try:
+        found = [] if text else [math.nan if isinstance(f, str) else float(f) for f in fractions]
+        good = not text and all(0 < share <= 1 for share in found)
+    except (TypeError, ValueError, OverflowError):  # no sequence, or of something else than numbers
+        good = False
+    if not good:
+        raise BudgetError(
+            f"pareto: fractions must be shares in (0, 1], got {str(fractions)[:60]!r}; write e.g. [0.3, 0.5]"
+        )
+    return found

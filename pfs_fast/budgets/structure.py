@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .._json import parse_json
 from ..errors import FileFormatError, StructureError
 from ..graph.groups import ChannelGroups
 from .cost import CostModel
@@ -138,7 +139,7 @@ class Structure:
             FileFormatError: For text that is truncated, of another format or version, or inconsistent in itself.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
         except (TypeError, ValueError) as error:
             raise FileFormatError(
                 f"Structure.from_json: text must be complete JSON, got an error ({error}); write it again with to_json"
@@ -229,7 +230,7 @@ def _table(data: Mapping[str, Any], name: str, kind: type) -> list[tuple[str, An
         )
     for key, value in table.items():
         numbers = value if kind is list and isinstance(value, list) else [value]
-        if not isinstance(value, kind) or not all(type(number) is int for number in numbers):
+        if not isinstance(value, kind) or not all(_is_int64(number) for number in numbers):
             rule = "a list of integers" if kind is list else "an integer"
             raise FileFormatError(
                 f"Structure.from_json: {name}[{key!r}] must be {rule}, got {str(value)[:60]}"
@@ -238,11 +239,15 @@ def _table(data: Mapping[str, Any], name: str, kind: type) -> list[tuple[str, An
 
 
 def _count(data: Mapping[str, Any], name: str, least: int = 0) -> int:
-    if type(data[name]) is not int or data[name] < least:
+    if not _is_int64(data[name]) or data[name] < least:
         raise FileFormatError(
-            f"Structure.from_json: {name} must be an integer of at least {least}, got {data[name]!r}"
+            f"Structure.from_json: {name} must be an integer of at least {least}, got {str(data[name])[:60]}"
         )
     return data[name]
+
+
+def _is_int64(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
 
 
 def _check_consistent(structure: Structure) -> None:

@@ -19,6 +19,7 @@ import pfs_fast
 from .. import data, models
 from ..budgets.cost import count
 from ..budgets.structure import Structure
+from ..errors import FileFormatError
 from ..gating.scope import SCOPES, gated_groups
 from ..graph.analysis import channel_graph
 from ..graph.groups import ChannelGroups
@@ -26,9 +27,10 @@ from ..searching.checkpoint import FORMAT as CHECKPOINT_FORMAT
 from ..searching.result import FORMAT as SEARCH_FORMAT
 from ..searching.result import SearchResult
 from ..storage.files import read_metadata
-from ..storage.io import MODEL_FORMAT
+from ..storage.io import MODEL_FORMAT, check_document
 from . import run_folder
 from .options import add_model_arguments, model_spec, parse_shape
+from .terminal import escaped, say
 
 _DEFAULT_INPUT = (3, 224, 224)
 
@@ -56,16 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """``pfs-fast info``."""
     if arguments.path is not None:
-        print(_describe(arguments.path))
+        say(_describe(arguments.path))
     if arguments.model is not None:
-        print(_describe_model(arguments))
+        say(_describe_model(arguments))
     if arguments.path is None and arguments.model is None:
-        print(f"pfs_fast   {pfs_fast.__version__}")
-        print(pfs_fast.backends())
-        print(
-            f"networks   {', '.join(models.names())}, torchvision:<builder>, package.module:factory"
+        say(f"pfs_fast   {pfs_fast.__version__}")
+        say(pfs_fast.backends())
+        say(
+            f"networks   {', '.join(models.names())}, torchvision:<builder>, timm:<name>, package.module:factory"
         )
-        print(f"data       {', '.join(data.names())}, <file>.npz, imagefolder DIR")
+        say(f"data       {', '.join(data.names())}, <file>.npz, imagefolder DIR")
 
 
 def _describe(path: Path) -> str:
@@ -80,19 +82,21 @@ def _describe(path: Path) -> str:
     if metadata["format"] == SEARCH_FORMAT:
         return f"{path}: search\n{_search_text(SearchResult.load(path))}"
     if metadata["format"] == MODEL_FORMAT:
-        return f"{path}: network\n{_network_text(metadata)}"
+        return f"{path}: network\n{_network_text(path, metadata)}"
     if metadata["format"] == CHECKPOINT_FORMAT:
-        return (
-            f"{path}: state of a search after epoch {metadata['epoch']}, step {metadata['steps']:,}"
-        )
-    return f"{path}: {metadata['format']} {metadata['version']}"
+        epoch, steps = metadata.get("epoch"), metadata.get("steps")
+        if type(epoch) is not int or type(steps) is not int:
+            raise FileFormatError(
+                f"info: path must say how far a search was, got '{path}' without; search again"
+            )
+        return f"{path}: state of a search after epoch {epoch}, step {steps:,}"
+    return f"{path}: {escaped(metadata['format'])} {metadata['version']}"
 
 
 def _describe_folder(path: Path) -> str:
     record = run_folder.Record.read(path)
-    text = [
-        f"{path}: search of {record.model.name} {record.model.arguments} on {record.data.source}"
-    ]
+    name, source = escaped(record.model.name), escaped(record.data.source)
+    text = [f"{path}: search of {name} {record.model.arguments} on {source}"]
     for name in (run_folder.SEARCH, run_folder.SLIM):
         if (path / name).exists():
             text += ["", _describe(path / name)]
@@ -111,17 +115,18 @@ def _search_text(result: SearchResult) -> str:
     return "\n".join([*text, result.report()])
 
 
-def _network_text(metadata: dict[str, Any]) -> str:
-    text = [f"class {metadata['class']}"]
-    accuracy = metadata.get("user", {}).get("accuracy")
-    if accuracy:
-        text.append(
-            f"top-1 {accuracy['top1']:.2%} on {accuracy['n']:,} {accuracy['images']} images"
-        )
-    layers = metadata["layers"]
+def _network_text(path: Path, metadata: dict[str, Any]) -> str:
+    check_document(path, metadata, "info")
+    text = [f"class {escaped(metadata['class'])}"]
+    user = metadata.get("user")
+    accuracy = user.get("accuracy") if isinstance(user, dict) else None
+    match accuracy:
+        case {"top1": float() as top1, "n": int() as n, "images": str() as images}:
+            text.append(f"top-1 {top1:.2%} on {n:,} {escaped(images)} images")
+    layers = {escaped(name): layer for name, layer in metadata["layers"].items()}
     width = max(map(len, layers), default=0)
     text += [
-        f"  {name.ljust(width)}  {la['kind']:6}  {la['in']} -> {la['out']}"
+        f"  {name.ljust(width)}  {escaped(la['kind']):6}  {la['in']} -> {la['out']}"
         for name, la in layers.items()
     ]
     if "structure" in metadata:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +17,12 @@ from torch import nn
 
 from .. import data, models
 from ..data import ImageSet, Splits
-from ..errors import LoaderError, ModelError
+from ..errors import FileFormatError, LoaderError, ModelError, PfsError
+from ..models.registry import is_listed
+from .terminal import escaped
+
+# Arguments of torchvision's and timm's builders that open a file or the network.
+_OPENS = re.compile("^weights|pretrain|checkpoint|(^|_)(dir|file|url)$")
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class ModelSpec:
         if num_classes is None or "num_classes" in extra:
             return cls(name, dict(extra))
         spec = cls(name, {"num_classes": num_classes, **extra})
-        if ":" in name and not name.startswith("torchvision:"):
+        if ":" in name and not is_listed(name) and not name.startswith("torchvision:"):
             try:
                 spec.build()
             except ModelError:
@@ -55,13 +62,56 @@ class ModelSpec:
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            with _importable_from_here():
+            with _importable_from_here(self.name):
                 return models.get(self.name, **self.arguments)
+
+    def is_plain(self) -> bool:
+        """Whether a file may name it: a listed network, with plain values that make its builder open nothing."""
+        return is_listed(self.name) and all(
+            _is_plain(value) and (value in (None, False) or not _OPENS.search(name))
+            for name, value in self.arguments.items()
+        )
+
+    def recorded(self, path: os.PathLike[str]) -> ModelSpec:
+        """The same network as a file names it, if files may.
+
+        Raises:
+            FileFormatError: It is something else, which the user must name.
+        """
+        if not self.is_plain():
+            raise FileFormatError(
+                f"train: '{path}' must name a network of pfs_fast, torchvision or timm with plain values and no weights, got "
+                f"{self}; nothing else is called because a file names it: if you trust it, add {self.options()}"
+            )
+        return _RecordedSpec(self.name, self.arguments)
+
+    def options(self) -> str:
+        """The options of a command that name this network; the number of classes is that of the data."""
+        words = ["--model", self.name]
+        for name, value in self.arguments.items():
+            if name != "num_classes":
+                words += ["--model-arg", f"{name}={value}"]
+        return escaped(shlex.join(words))
 
     def base(self) -> ModelSpec:
         """The same network before widening."""
         widening = ("expansion", "multiplier")
         return ModelSpec(self.name, {k: v for k, v in self.arguments.items() if k not in widening})
+
+
+class _RecordedSpec(ModelSpec):
+    """A network that a file names."""
+
+    def build(self, seed: int | None = None) -> nn.Module:
+        try:
+            return super().build(seed)
+        except PfsError:
+            raise
+        except Exception as error:  # whatever a builder makes of the values of a damaged file
+            raise FileFormatError(
+                f"train: the record must hold arguments that its network takes, got {self} ({type(error).__name__}: {error}); "
+                f"name the network yourself: {self.options()}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -141,9 +191,17 @@ def _unknown(source: str, **_: Any) -> Splits:
     return data.load(source)  # raises, with the names that are close
 
 
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(item is None or isinstance(item, bool | int | float | str) for item in values)
+
+
 @contextmanager
-def _importable_from_here() -> Iterator[None]:
-    """``package.module:factory`` is looked up in the current folder too, as with ``python -m``."""
+def _importable_from_here(name: str) -> Iterator[None]:
+    """``package.module:factory`` is looked up in the current folder too, as with ``python -m``; listed networks are not."""
+    if is_listed(name):
+        yield
+        return
     here = os.getcwd()
     sys.path.insert(0, here)
     try:

@@ -17,6 +17,7 @@ import pfs_fast
 from ..errors import PfsError
 from . import info, search, train
 from .options import UsageError
+from .terminal import say
 
 _DESCRIPTION = """\
 Slim CNNs by Pruning from Scratch: train one gate for each channel of a random, frozen network, keep the
@@ -91,10 +92,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _end(arguments: argparse.Namespace, message: str, code: int) -> int:
     """Says why a command ended early."""
     if arguments.debug:
-        traceback.print_exc()
-    print(f"pfs-fast {arguments.command}: {message}", file=sys.stderr)
+        say(traceback.format_exc().rstrip(), file=sys.stderr)
+    say(f"pfs-fast {arguments.command}: {message}", file=sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"pfs-fast: warning: {message}", file=sys.stderr)
+    say(f"pfs-fast: warning: {message}", file=sys.stderr)

@@ -31,7 +31,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help=f"{', '.join(models.names())}; torchvision:<builder>; or package.module:factory "
+        help=f"{', '.join(models.names())}; torchvision:<builder>; timm:<name>; or package.module:factory "
         f"(default: {DEFAULT_MODEL})",
     )
     parser.add_argument(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .._json import parse_json
 from ..budgets.structure import Structure
 from ..errors import ConfigError, FileFormatError, FileWriteError
-from ..storage.files import write_text_atomic
+from ..storage.files import lock_folder, read_text, write_text_atomic
 from .inputs import DataSpec, ModelSpec
 
 FORMAT, VERSION = "pfs_fast.run", 1
@@ -62,42 +67,86 @@ class Record:
             )
         try:
             macs, params = document["reference"]
-            return cls(
+            record = cls(
                 ModelSpec(**document["model"]),
                 DataSpec(**document["data"]),
-                (int(macs), int(params)),
-                dict(document["arguments"]),
-                dict(document["versions"]),
+                (macs, params),
+                document["arguments"],
+                document["versions"],
             )
+            _check_types(record)
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(
                 f"train: '{path}' must hold a whole record, got {type(error).__name__}: {error}; search again"
             ) from error
+        return record
 
 
-def new_folder(path: Path, overwrite: bool) -> Path:
-    """Makes the folder of a search; refuses one that holds a finished search.
+def _check_types(record: Record) -> None:
+    """Raises TypeError where a value of a record is of another type than the search wrote."""
+    model, data = record.model, record.data
+    objects = (model.arguments, record.arguments, record.versions)
+    good = (
+        isinstance(model.name, str)
+        and all(isinstance(value, dict) for value in objects)
+        and isinstance(data.source, str)
+        and isinstance(data.path, str | None)
+        and all(_is_whole(n, 1) for n in (*record.reference, 1 if data.size is None else data.size))
+        and (data.val is None or _is_whole(data.val, 0))
+    )
+    if not good:
+        raise TypeError("a value of another type than the search writes")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+@contextmanager
+def held(paths: Sequence[Path], command: str, result: str, overwrite: bool) -> Iterator[None]:
+    """Makes folders and holds them, so that no other command writes its results there at the same time.
+
+    Args:
+        paths: The folders.
+        command: For messages.
+        result: Name of the file that a finished command leaves there.
+        overwrite: Whether that file may be there already.
 
     Raises:
-        ConfigError: There is a search in it already.
-        FileWriteError: It cannot be made.
+        ConfigError: Another command holds one of them, or its result is there.
+        FileWriteError: One cannot be made.
     """
-    if (path / RECORD).exists() and not overwrite:
-        raise ConfigError(
-            f"search: --out must be a folder without a search, got '{path}'; name another one, or add --overwrite"
-        )
-    return make_folder(path, "search")
+    with ExitStack() as stack:
+        for path in paths:
+            _make(path, command)
+            try:
+                stack.callback(os.close, lock_folder(path.resolve(), wait=False))
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"{command}: --out must be a folder that no other command writes to now, got '{path}'; wait for its end, "
+                    "or name another one"
+                ) from error
+            except OSError as error:
+                warnings.warn(
+                    f"{command}: --out must lie on a file system with locks to be safe from other commands, got '{path}' "
+                    f"({error.strerror}); start no other command that writes there",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            if not overwrite and os.path.lexists(path / result):
+                raise ConfigError(
+                    f"{command}: --out must be a folder without {result}, got '{path}'; name another one, or add --overwrite"
+                )
+        yield
 
 
-def make_folder(path: Path, command: str) -> Path:
-    """Makes a folder where there is none yet."""
+def _make(path: Path, command: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileWriteError(
             f"{command}: --out must be a folder that can be made, got '{path}' ({error.strerror}); name another one"
         ) from error
-    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,7 +156,9 @@ def read_json(path: Path) -> dict[str, Any]:
         FileFormatError: The file is missing, or holds something else.
     """
     try:
-        document = json.loads(_read_text(path))
+        document = parse_json(read_text(path, "read"))
+    except FileFormatError:
+        raise
     except ValueError as error:
         raise FileFormatError(
             f"read: '{path}' must be JSON, got an error ({error}); was it written to the end?"
@@ -126,16 +177,6 @@ def read_structure(path: Path) -> Structure:
         FileFormatError: The file is missing, or holds something else.
     """
     try:
-        return Structure.from_json(_read_text(path))
+        return Structure.from_json(read_text(path, "read"))
     except FileFormatError as error:
         raise FileFormatError(f"'{path}': {error}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise FileFormatError(
-            f"read: '{path}' must be a readable file, got an error ({reason}); check the path"
-        ) from error

@@ -37,6 +37,7 @@ from .options import (
     model_spec,
     parse_reference,
 )
+from .terminal import say
 
 DIGITS_EPOCHS = 4  # few images, and a first look: enough steps for the gates to part
 
@@ -134,8 +135,20 @@ def run(arguments: argparse.Namespace) -> None:
     out = arguments.out or _default_out(arguments, source)
     seeds = None if arguments.seeds is None else checked_seeds(arguments.seeds)
     folders = [out] if seeds is None else [out / f"seed{seed}" for seed in seeds]
-    for folder in folders:
-        run_folder.new_folder(folder, arguments.overwrite)
+    with run_folder.held(folders, "search", run_folder.RECORD, arguments.overwrite):
+        _search(arguments, device, budget, source, config, out, seeds, folders)
+
+
+def _search(
+    arguments: argparse.Namespace,
+    device: torch.device,
+    budget: Budget,
+    source: DataSpec,
+    config: SearchConfig,
+    out: Path,
+    seeds: list[int] | None,
+    folders: list[Path],
+) -> None:
     splits = source.splits()
     options = {"device": device, "seed": arguments.seed}
     loaders = splits.loaders(arguments.batch_size or 128, eval_batch_size=512, **options)
@@ -147,7 +160,7 @@ def run(arguments: argparse.Namespace) -> None:
     spec = model_spec(arguments, splits.num_classes)
     model = spec.build(arguments.seed)
     if not arguments.quiet:
-        print(f"{spec.name} on {splits}; budget {budget}")
+        say(f"{spec.name} on {splits}; budget {budget}")
     found = pfs_fast.search(
         model,
         loaders.train,
@@ -166,11 +179,11 @@ def run(arguments: argparse.Namespace) -> None:
     for result, folder in zip(results, folders, strict=True):  # may fail: a latency is measured
         text = result.structure.to_json(indent=1) + "\n"
         write_text_atomic(folder / run_folder.STRUCTURE, text, caller="search")
-    print(found.report() if isinstance(found, SearchResults) else found.structure)
+    say(found.report() if isinstance(found, SearchResults) else found.structure)
     for result, folder in zip(results, folders, strict=True):
         if seeds is not None:
-            print(f"\nseed {result.config.seed}")
-        _print_ending(result, folder)
+            say(f"\nseed {result.config.seed}")
+        _print_ending(result, folder, spec)
 
 
 def _write(
@@ -186,19 +199,20 @@ def _write(
     run_folder.Record(spec, source, result.reference, shown, versions).write(folder)
 
 
-def _print_ending(result: SearchResult, folder: Path) -> None:
+def _print_ending(result: SearchResult, folder: Path, spec: ModelSpec) -> None:
     structure = result.structure
     if result.reference[0] != structure.base_macs:
         share = structure.macs / result.reference[0]
-        print(f"{share:.1%} of the reference's {result.reference[0]:,} MACs")
+        say(f"{share:.1%} of the reference's {result.reference[0]:,} MACs")
     last = result.history[-1]
-    print(
+    say(
         f"searched {last['step']:,} steps in {last['seconds']:.1f} s ({result.config.precision}, "
         f"{result.config.backend}): mean gate {last['mean_gate']:.3f}, {last['alive']:.1%} above 0"
     )
     if result.config.patience is not None:
-        print(result.ending())
-    print(f"written to {folder}; next: pfs-fast train {folder}")
+        say(result.ending())
+    again = "" if spec.is_plain() else f" {spec.options()}"
+    say(f"written to {folder}; next: pfs-fast train {folder}{again}")
 
 
 def _config(arguments: argparse.Namespace, source: DataSpec) -> SearchConfig:

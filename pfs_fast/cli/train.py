@@ -1,8 +1,9 @@
 """Train a slim network from scratch, save it, and prove that the file gives the same network back.
 
 RUN is the folder of a search, or the JSON file of a structure (then with --model and --data, unless a run.json
-lies beside it). Writes slim.safetensors and history.json. By default all training images are used, those held
-out for validation included, and the test images are evaluated after each epoch, as in the paper.
+lies beside it). A run.json names networks of pfs_fast, torchvision and timm; any other must be named by --model. Writes
+slim.safetensors and history.json. By default all training images are used, those held out for validation included, as in
+the paper. The test images are evaluated once, at the end.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .options import (
     data_spec,
     model_spec,
 )
+from .terminal import say
 from .train_report import check_cost, check_reloaded, comparison, write_history
 
 DIGITS_EPOCHS = 16  # more than 90 % in about a minute of two CPU cores
@@ -102,6 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the results (default: that of RUN)"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a trained network in --out"
+    )
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_run_arguments(parser)
@@ -113,9 +118,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--restore best would select by the test images; add --hold-out")
     device = chosen_device(arguments)
     job = _prepare(arguments)
+    target: Path = arguments.target
+    out = arguments.out or (target if target.is_dir() else target.parent)
+    with run_folder.held([out], "train", run_folder.SLIM, arguments.overwrite):
+        _train(arguments, device, job, out)
+
+
+def _train(arguments: argparse.Namespace, device: torch.device, job: _Job, out: Path) -> None:
     config = _config(arguments, job)
     if not arguments.quiet:
-        print(
+        say(
             f"{job.model.name} slimmed to {job.structure.macs_share:.1%} of its MACs, on {job.splits}"
         )
     dense = job.model.build(arguments.seed)
@@ -126,16 +138,16 @@ def run(arguments: argparse.Namespace) -> None:
         slim, parts.train, parts.watch, config, device=device, progress=not arguments.quiet
     )
     accuracy = pfs_fast.evaluate(slim, parts.final, amp=config.amp)
-    path = job.out / run_folder.SLIM
+    path = out / run_folder.SLIM
     report = {"top1": accuracy.top1, "images": parts.final_name, "n": accuracy.n}
     pfs_fast.save(slim, path, metadata={"model": asdict(job.model), "accuracy": report})
-    write_history(job.out / run_folder.HISTORY, trained, report)
+    write_history(out / run_folder.HISTORY, trained, report)
     check_reloaded(path, dense, slim, accuracy, parts.final, config.amp)
-    print(comparison(job.structure, accuracy, parts.final_name))
-    print(
+    say(comparison(job.structure, accuracy, parts.final_name))
+    say(
         f"trained {trained.epochs} epochs in {trained.seconds:.1f} s, loss {trained.history[-1]['loss']:.4f}"
     )
-    print(f"written to {path}; reloaded: same weights, same accuracy")
+    say(f"written to {path}; reloaded: same weights, same accuracy")
 
 
 @dataclass(frozen=True)
@@ -147,12 +159,11 @@ class _Job:
     splits: Splits
     structure: Structure
     reference_macs: int
-    out: Path
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Loaders: to train on, to evaluate after each epoch, and to judge the result by."""
+    """Loaders: to train on, to evaluate after each epoch (held-out images or none), and to judge the result by."""
 
     train: DeviceLoader
     watch: DeviceLoader | None
@@ -179,15 +190,13 @@ def _prepare(arguments: argparse.Namespace) -> _Job:
     file = target / run_folder.STRUCTURE if target.is_dir() else target
     if budget is None:
         structure = run_folder.read_structure(file)
-    out = run_folder.make_folder(arguments.out or folder, "train")
     source = data_spec(arguments, record and record.data)
+    spec = None
+    if record is not None and arguments.model is None:
+        spec = _with_changes(record.model, arguments).recorded(folder / run_folder.RECORD)
     splits = source.splits()
-    own_model = record is None or arguments.model is not None
-    spec = (
-        model_spec(arguments, splits.num_classes)
-        if own_model
-        else _with_changes(record.model, arguments)
-    )
+    if spec is None:
+        spec = model_spec(arguments, splits.num_classes)
     if budget is not None:
         if not target.is_dir():
             raise UsageError("--budget needs the folder of a search, which has the gates")
@@ -195,8 +204,8 @@ def _prepare(arguments: argparse.Namespace) -> _Job:
         result = SearchResult.load(target / run_folder.SEARCH, model)
         result.progress = not arguments.quiet
         structure = result.structure_for(budget)
-    reference = structure.base_macs if record is None else record.reference[0]
-    return _Job(spec, source, splits, structure, reference, out)
+    reference = max(structure.base_macs, 1) if record is None else record.reference[0]
+    return _Job(spec, source, splits, structure, reference)
 
 
 def _with_changes(spec: ModelSpec, arguments: argparse.Namespace) -> ModelSpec:
@@ -231,18 +240,11 @@ def _loaders(arguments: argparse.Namespace, splits: Splits, device: torch.device
         )
     options: dict[str, Any] = {"device": device, "seed": arguments.seed}
     loaders = splits.loaders(_batch_size(arguments), eval_batch_size=512, **options)
-    train, watch = loaders.train, loaders.val
-    if not arguments.hold_out:
-        watch = loaders.test
-        if splits.val is not None:
-            everything = Splits(
-                **{**vars(splits), "train": joined(splits), "val": None, "test": None}
-            )
-            train = everything.loaders(_batch_size(arguments), **options).train
-    for name, final in (
-        ("test", loaders.test),
-        ("validation", loaders.val if arguments.hold_out else None),
-    ):
+    train, watch = loaders.train, loaders.val if arguments.hold_out else None
+    if splits.val is not None and not arguments.hold_out:
+        everything = Splits(**{**vars(splits), "train": joined(splits), "val": None, "test": None})
+        train = everything.loaders(_batch_size(arguments), **options).train
+    for name, final in (("test", loaders.test), ("validation", watch)):
         if final is not None:
             return _Parts(train, watch, final, name)
     only = Splits(**{**vars(splits), "test": joined(splits), "val": None})

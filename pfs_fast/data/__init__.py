@@ -13,7 +13,7 @@ from .folder import from_dataset, imagefolder
 from .idx import fashion_mnist
 from .loader import CIFAR10_MEAN, CIFAR10_STD, DeviceLoader
 from .sources import cifar10, digits, from_npz, synthetic
-from .splits import ImageSet, Loaders, Splits, split
+from .splits import ImageSet, Loaders, Splits, WholeSplits, split
 
 __all__ = [
     "CIFAR10_MEAN",
@@ -22,6 +22,7 @@ __all__ = [
     "ImageSet",
     "Loaders",
     "Splits",
+    "WholeSplits",
     "cifar10",
     "digits",
     "fashion_mnist",

@@ -34,6 +34,10 @@ def load(source: str, *, size: int | None = None) -> Splits:
     Raises:
         LoaderError: There is no such source, or it cannot be read.
     """
+    if not isinstance(source, str) or "\0" in source:
+        raise LoaderError(
+            f"load: source must be one of {', '.join(names())}, an .npz file or a folder, got {source!r}; pass a string"
+        )
     if source in ("digits", "fashion-mnist") and size is not None:
         return _NAMED[source](size=size)
     if source not in _NAMED and Path(source).is_dir():

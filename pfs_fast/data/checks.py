@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._tensors import require_dense
 from ..errors import LoaderError
 
 # The layouts that an array without a stated one may have; three-dimensional arrays are [N, H, W], one grey channel.
@@ -63,27 +64,55 @@ def as_labels(
     y = _as_tensor(function, "labels", labels)
     if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
         raise LoaderError(
-            f"{function}: labels must be integers (class indices), got {y.dtype}; "
-            "convert one-hot rows by argmax and floats by astype"
+            f"{function}: labels must be integers (class indices), got {y.dtype} of shape {list(y.shape)}; "
+            f"{_label_repair(y, num_images)}"
         )
     if tuple(y.shape) != (num_images,):
         raise LoaderError(
             f"{function}: labels must have shape [{num_images}], one for each image, got {list(y.shape)}; "
-            "check that images and labels belong together"
+            f"{_label_repair(y, num_images)}"
         )
     y = y.to(torch.int64)
     low, high = int(y.min()), int(y.max())
     if low < 0 or (num_classes is not None and high >= num_classes):
         limit = "" if num_classes is None else f" and < num_classes = {num_classes}"
         wrong = low if low < 0 else high
+        repair = (
+            "and leave out images without a class"
+            if low < 0
+            else f"or set num_classes to {high + 1} or more"
+        )
         raise LoaderError(
-            f"{function}: labels must be >= 0{limit}, got {wrong}; number the classes from 0 or set num_classes"
+            f"{function}: labels must be >= 0{limit}, got {wrong}; number the classes from 0, {repair}"
         )
     return y
 
 
+def _label_repair(labels: Tensor, num_images: int) -> str:
+    """How labels of a wrong dtype or shape become ones that are taken."""
+    if labels.dim() == 2 and labels.size(0) == num_images and labels.size(1) > 1:
+        return "use torch.as_tensor(labels).long().argmax(1) where rows are one-hot; several labels for an image are not supported"
+    if labels.numel() == num_images:
+        return (
+            "use torch.as_tensor(labels).flatten().long() where they are class indices; other targets, as of regression, are not "
+            "supported"
+        )
+    return "give each image one label; labels of pixels, boxes or sequences are not supported"
+
+
+def check_count(function: str, argument: str, value: Any, least: int) -> None:
+    """Refuses what is no whole number of at least ``least`` that 63 bits hold."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not least <= value < 2**63:
+        got = "more than 2**63" if whole and value > least else repr(value)
+        raise LoaderError(
+            f"{function}: {argument} must be an integer >= {least}, got {got}; pass a plain int"
+        )
+
+
 def _as_tensor(function: str, argument: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
+        require_dense(LoaderError, f"{function}: {argument}", value)
         return value.detach()
     if not isinstance(value, (np.ndarray, list, tuple)):
         raise LoaderError(
@@ -97,8 +126,13 @@ def _as_tensor(function: str, argument: str, value: Any) -> Tensor:
             f"{function}: {argument} must have rows of equal shape, got a ragged sequence ({error}); stack equal sizes"
         ) from error
     if array.dtype.kind not in "uifb":
+        repair = (
+            "number the classes, as numpy.unique(labels, return_inverse=True)[1] does"
+            if argument == "labels"
+            else "stack images of equal size as uint8 or float32"
+        )
         raise LoaderError(
-            f"{function}: {argument} must be numeric, got an array of {array.dtype}; convert it first"
+            f"{function}: {argument} must be numeric, got an array of {array.dtype}; {repair}"
         )
     if argument == "labels" and array.dtype.kind in "ui":
         array = array.astype(np.int64)
@@ -119,6 +153,6 @@ def _find_layout(function: str, shape: tuple[int, ...], layout: str | None) -> s
     if first == last:
         raise LoaderError(
             f"{function}: images must have 1 or 3 channels on one of the axes 1 and 3, got shape {list(shape)}; "
-            'pass layout="NCHW" or layout="NHWC"'
+            'pass layout="NCHW" or layout="NHWC" to DeviceLoader, ImageSet.of or from_npz'
         )
     return "NCHW" if first else "NHWC"

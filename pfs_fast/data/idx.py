@@ -7,6 +7,7 @@ import math
 import os
 import zlib
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -14,10 +15,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import LoaderError
-from .splits import ImageSet, Splits, make_splits
+from .splits import ImageSet, Splits, WholeSplits, make_splits
 
 _DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
 _UNSIGNED_BYTE = 0x08
+
+
+@overload
+def fashion_mnist(
+    folder: str | os.PathLike[str] | None = None, size: int = 32, *, channels: int = 3
+) -> WholeSplits: ...
+
+
+@overload
+def fashion_mnist(
+    folder: str | os.PathLike[str] | None = None, size: int = 32, *, channels: int = 3, val: int
+) -> Splits: ...
 
 
 def fashion_mnist(

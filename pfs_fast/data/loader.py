@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .._ambient import own_settings
 from ..errors import LoaderError
 from .augment import Normalize, crop, mirror, pixel_windows
-from .checks import as_images, as_labels
+from .checks import as_images, as_labels, check_count
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2023, 0.1994, 0.2010)
@@ -96,8 +96,10 @@ class DeviceLoader:
                 f"DeviceLoader: dtype must be a floating type, got {dtype}; use torch.float32 or torch.bfloat16"
             )
         stored = as_images("DeviceLoader", images, layout)
+        if num_classes is not None:
+            _check_count("num_classes", num_classes, 1)
         targets = as_labels("DeviceLoader", labels, len(stored), num_classes)
-        self.device = stored.device if device is None else torch.device(device)
+        self.device = stored.device if device is None else _device(device)
         self.batch_size, self.train, self.flip = batch_size, bool(train), bool(flip)
         self.seed, self.dtype = seed, dtype
         self.channels_last, self.drop_last = bool(channels_last), bool(drop_last)
@@ -249,10 +251,19 @@ class DeviceLoader:
 
 
 def _check_count(argument: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+    check_count("DeviceLoader", argument, value, least)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type == "meta":
         raise LoaderError(
-            f"DeviceLoader: {argument} must be an integer >= {least}, got {value!r}; pass a plain int"
+            f"DeviceLoader: device must be one that holds images, such as 'cpu' or 'cuda:0', got {device!r}; use 'cpu'"
         )
+    return found
 
 
 def _default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

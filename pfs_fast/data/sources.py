@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 import zlib
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import BackendError, LoaderError
+from .checks import check_count
 from .loader import CIFAR10_MEAN, CIFAR10_STD
-from .splits import ImageSet, Splits, make_splits
+from .splits import ImageSet, Splits, WholeSplits, make_splits
 
 _NPZ_NAMES = "x_train and y_train (with x_test and y_test), or images and labels"
 CIFAR10_VARIABLE = "PFS_FAST_CIFAR10"
@@ -67,6 +70,14 @@ def cifar10(path: str | os.PathLike[str] | None = None, *, val: int = 5000) -> S
     return make_splits("cifar10", "cifar10", train, test, val=val, statistics=statistics)
 
 
+@overload
+def digits(size: int = 32, *, channels: int = 3) -> WholeSplits: ...
+
+
+@overload
+def digits(size: int = 32, *, channels: int = 3, val: int) -> Splits: ...
+
+
 def digits(size: int = 32, *, channels: int = 3, val: int = 180) -> Splits:
     """The 1,797 handwritten digits that come with scikit-learn, enlarged from 8x8.
 
@@ -78,8 +89,10 @@ def digits(size: int = 32, *, channels: int = 3, val: int = 180) -> Splits:
         val: Number of last training images to hold out for validation.
 
     Raises:
-        BackendError: scikit-learn is not installed.
+        BackendError: scikit-learn is not installed. LoaderError: A size is no whole number from 1.
     """
+    for argument, value in (("size", size), ("channels", channels)):
+        check_count("digits", argument, value, 1)
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -117,10 +130,18 @@ def synthetic(
         seed: Of the patterns and the noise.
         val: Number of last training images to hold out for validation.
     """
-    if min(num_images, num_classes, *shape) < 1:
+    for argument, value in (("num_images", num_images), ("num_classes", num_classes)):
+        check_count("synthetic", argument, value, 1)
+    if not isinstance(shape, tuple | list) or len(shape) != 3:
         raise LoaderError(
-            "synthetic: num_images, num_classes and shape must be >= 1, "
-            f"got {num_images}, {num_classes} and {shape}; ask for at least one of each"
+            f"synthetic: shape must be channels, height and width, got {shape!r}; write e.g. (3, 32, 32)"
+        )
+    for size in shape:
+        check_count("synthetic", "shape", size, 1)
+    check_count("synthetic", "seed", seed, 0)
+    if not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+        raise LoaderError(
+            f"synthetic: noise must be a finite number of at least 0, got {noise!r}; full scale is 1"
         )
     draw = torch.Generator().manual_seed(seed)
     channels, height, width = shape
@@ -141,7 +162,7 @@ def synthetic(
 def _from_npz(
     function: str, path: str | os.PathLike[str], *, val: int = 0, layout: str | None = None
 ) -> Splits:
-    arrays = _read_npz(function, Path(path))
+    arrays = _read_npz(function, path)
     train_names = ("x_train", "y_train") if "x_train" in arrays else ("images", "labels")
     missing = [name for name in train_names if name not in arrays]
     if "x_test" in arrays and "y_test" not in arrays:
@@ -167,7 +188,12 @@ def _image_set(
     )
 
 
-def _read_npz(function: str, path: Path) -> dict[str, np.ndarray]:
+def _read_npz(function: str, path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    if not isinstance(path, str | os.PathLike):
+        raise LoaderError(
+            f"{function}: path must be the path of an .npz file, got {path!r}; write e.g. 'images.npz'"
+        )
+    path = Path(path)
     wanted = ("x_train", "y_train", "x_test", "y_test", "images", "labels")
     try:
         # Opened here because NumPy leaves the file open when it finds that it cannot read it.
@@ -181,7 +207,17 @@ def _read_npz(function: str, path: Path) -> dict[str, np.ndarray]:
         raise LoaderError(
             f"{function}: path must be an existing .npz file, got {path}; check the spelling"
         ) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
+    # RuntimeError: encrypted; NotImplementedError: packed by a method that Python has not; MemoryError: a header of any size.
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        TypeError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
         raise LoaderError(
             f"{function}: path must be a readable .npz file without pickled objects, got {path} "
             f"({error}); write it again with numpy.savez"

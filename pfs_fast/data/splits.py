@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,6 +112,30 @@ class Splits:
         return f"{self.name}: {counts}; {shape}, {self.num_classes} classes"
 
 
+@dataclass(frozen=True, eq=False)
+class WholeSplits(Splits):
+    """`Splits` of which no part is missing, so that no loader is None to a type checker either."""
+
+    val: ImageSet
+    test: ImageSet
+
+    if TYPE_CHECKING:
+
+        def loaders(  # type: ignore[override]
+            self, batch_size: int = 128, *, eval_batch_size: int | None = None, **options: Any
+        ) -> WholeLoaders: ...
+
+
+if TYPE_CHECKING:
+
+    class WholeLoaders(NamedTuple):
+        """`Loaders` of which none is missing."""
+
+        train: DeviceLoader
+        val: DeviceLoader
+        test: DeviceLoader
+
+
 def split(images: Any, labels: Any, last: int = 5000) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Holds out the last images, as the paper does with the last 5,000 of CIFAR-10's 50,000.
 
@@ -163,4 +187,6 @@ def make_splits(
         rest, last = split(train.images, train.labels, val)
         train, held_out = ImageSet(*rest), ImageSet(*last)
     mean, std = train.statistics() if statistics is None else statistics
-    return Splits(train, held_out, test, num_classes, mean, std, name, flip)
+    if held_out is None or test is None:
+        return Splits(train, held_out, test, num_classes, mean, std, name, flip)
+    return WholeSplits(train, held_out, test, num_classes, mean, std, name, flip)

@@ -34,6 +34,8 @@ from .gated_layers import (
 )
 from .gates import GateBank
 
+# Layers with weights that were cast to the dtype of the search.
+_LAYERS = (FrozenConv, FusedNorm, GatedOutput, _ConvNd, nn.Linear, nn.PReLU, *NORMS)
 _ACTIVATIONS = frozenset({"relu", "relu6", "silu", "hardswish"})
 
 
@@ -73,8 +75,9 @@ class GatedNetwork(nn.Module):
         self._shapes = graph.traced.shapes
         root = self.root = graph.traced.train.requires_grad_(False)
         device = bank.state.values.device
-        _cast(root, dtype, bank.state.values.dtype, device, channels_last)
-        builder = _Builder(root, bank, ops, track_stats, fast_convs)
+        for net in graph.traced.graphs:  # modules are shared, constants of the forward are not
+            _cast(net, dtype, bank.state.values.dtype, device, channels_last)
+        builder = _Builder(root, bank, ops, track_stats, fast_convs, dtype)
         self.train_net = builder.rewrite(graph.traced.train)
         shared = graph.traced.train is graph.traced.eval
         self.eval_net = self.train_net if shared else builder.rewrite(graph.traced.eval)
@@ -105,9 +108,16 @@ class _Builder:
     """Rewrites graphs over one set of modules; new modules are made once for each place."""
 
     def __init__(
-        self, root: nn.Module, bank: GateBank, ops: ModuleType, track: bool, fast_convs: bool
+        self,
+        root: nn.Module,
+        bank: GateBank,
+        ops: ModuleType,
+        track: bool,
+        fast_convs: bool,
+        dtype: torch.dtype,
     ) -> None:
         self._modules: dict[str, Any] = dict(root.named_modules(remove_duplicate=False))
+        self._dtype = dtype
         self._bank, self._ops, self._track, self._fast_convs = bank, ops, track, fast_convs
         self._targets: dict[tuple[str, str], str] = {}
 
@@ -131,6 +141,7 @@ class _Builder:
         constants = {
             n.target: _attribute(graph_module, n.target) for n in graph.nodes if n.op == "get_attr"
         }
+        _cast_inputs(graph, self._modules, self._dtype)
         result = fx.GraphModule(
             self._modules | constants, graph, class_name=type(graph_module).__name__
         )
@@ -155,6 +166,7 @@ class _Builder:
             and not is_same_padded(module)
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
+            and "weight" not in vars(module)  # which a hook would compute before each call
         )
         layer = FrozenConv(module, self._ops, self._fast_convs) if plain else module
         if name in self._bank.layers:
@@ -234,6 +246,33 @@ def _reshape_views(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_method" and node.target == "view" and not stale & memories(node):
             node.target = "reshape"
+
+
+def _cast_inputs(graph: fx.Graph, modules: dict[str, Any], dtype: torch.dtype) -> None:
+    """Layers take ``dtype``, whatever the forward casts to (``self.conv(x.float())``), as under autocast."""
+
+    def is_layer(node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(modules[node.target], _LAYERS)
+
+    if not any(_casts(node) for node in graph.nodes):
+        return
+    for node in list(graph.nodes):
+        if not is_layer(node):
+            continue
+        for source in node.all_input_nodes:
+            if not is_layer(source):
+                with graph.inserting_before(node):
+                    cast = graph.call_method("to", (source, dtype))
+                cast.meta = dict(source.meta)
+                node.replace_input_with(source, cast)
+
+
+def _casts(node: fx.Node) -> bool:
+    """Whether a node may give another dtype than the search has: it names one."""
+    if node.op == "call_method" and node.target in ("float", "double", "half", "bfloat16"):
+        return True
+    arguments = (*node.args, *node.kwargs.values())
+    return any(isinstance(a, torch.dtype) or a in ("float", float) for a in arguments)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -71,8 +71,12 @@ class GateBank:
             self._leaves.append(leaf)
         self._sites = {site.layer: self._recipe(groups, site) for site in sites}
 
-    def _recipe(self, groups: ChannelGroups, site: Site) -> tuple[list[int], Tensor | None]:
-        """Groups that a site reads, and the index into their concatenation (and a final 1); None for a whole group."""
+    def _recipe(self, groups: ChannelGroups, site: Site) -> tuple[list[int], int, Tensor | None]:
+        """Groups that a site reads, copies of each value, and the index into the copies of their concatenation (and a final 1).
+
+        One copy for each channel that reads the value: its gradient is then a plain sum over the copies. Were one value read
+        several times, a GPU would add its gradients in any order. None in place of the index: a whole group.
+        """
         used = [
             i
             for i, g in enumerate(groups.groups)
@@ -84,19 +88,29 @@ class GateBank:
         ]
         units = np.concatenate(spans)
         if len(units) == len(site.units) and np.array_equal(units, site.units) and len(used) == 1:
-            return used, None
+            return used, 1, None
         position = np.full(
             groups.num_units + 1, len(units), dtype=np.int64
         )  # FIXED = -1 reads the final 1
         position[units] = np.arange(len(units))
-        return used, torch.from_numpy(position[site.units]).to(self.state.values.device)
+        read = position[site.units]
+        by_value = np.argsort(read, kind="stable")
+        sorted_read = read[by_value]
+        copy = np.empty_like(read)
+        copy[by_value] = np.arange(len(read)) - np.searchsorted(sorted_read, sorted_read)
+        copy[read == len(units)] = 0  # the final 1 gets no gradient
+        copies = int(copy.max(initial=0)) + 1
+        return used, copies, torch.from_numpy(read * copies + copy).to(self.state.values.device)
 
     def vector(self, layer: str) -> Tensor:
         """Gates of a site's channels. [channels]."""
-        used, index = self._sites[layer]
+        used, copies, index = self._sites[layer]
         if index is None:
             return self._leaves[used[0]]
-        return torch.cat([*(self._leaves[i] for i in used), self._one]).index_select(0, index)
+        values = torch.cat([*(self._leaves[i] for i in used), self._one])
+        if copies > 1:
+            values = values.unsqueeze(1).expand(-1, copies).reshape(-1)
+        return values.index_select(0, index)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -106,7 +120,7 @@ class GateBank:
         """All that `rebuild` makes or leaves, the state included."""
         yield from self.state.tensors().values()
         yield from (self.grad, self._one)
-        yield from (index for _, index in self._sites.values() if index is not None)
+        yield from (index for *_, index in self._sites.values() if index is not None)
 
     def zero_grad(self) -> None:
         self.grad.zero_()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from .. import _library
 from ..graph.groups import ChannelGroup, ChannelGroups
 from . import winograd
 from .gated import GatedNetwork
@@ -16,8 +17,6 @@ from .gated_layers import FrozenConv
 
 # Below the vectors of a processor this package's convolutions pad outputs alone, and a pair of channels fewer is time saved.
 FINE_MULTIPLE = 2
-# Weights of a strided or 1x1 convolution up to which ``frozen_conv`` has a kernel of its own (csrc/cpu/direct_conv.cpp).
-MAX_DIRECT_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def width_rules(
         if winograd.serves(own_dtype):
             own |= {layer.conv for layer in frozen if layer.fast}
         if own_dtype == torch.float32:
-            own |= {layer.conv for layer in frozen if _is_direct(layer.conv)}
+            own |= {layer.conv for layer in frozen if _is_direct(layer)}
     modules = dict(network.root.named_modules(remove_duplicate=False))
     rules = {}
     for group in groups.groups:
@@ -82,11 +81,7 @@ def width_rules(
     return rules
 
 
-def _is_direct(conv: _ConvNd) -> bool:
-    return (
-        type(conv) is nn.Conv2d
-        and (max(conv.stride) > 1 or conv.kernel_size == (1, 1))
-        and conv.groups == 1
-        and conv.dilation == (1, 1)
-        and conv.weight.nbytes <= MAX_DIRECT_BYTES
-    )
+def _is_direct(layer: FrozenConv) -> bool:
+    """Whether ``frozen_conv`` has a kernel of its own for a layer; the library, which chooses, is asked."""
+    conv = layer.conv
+    return _library._C.direct_conv_pays(conv.weight.shape, layer.stride, conv.dilation, conv.groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .._ambient import own_settings, turn
-from .._modules import require_plain
+from .._modules import copied, require_plain
+from .._tensors import require_dense
 from ..errors import ModelError
 
 
@@ -104,10 +104,19 @@ def count(model: nn.Module, example_input: torch.Tensor | tuple[Any, ...]) -> Co
             f"count: example_input must be a tensor or a tuple with tensors, got {type(example_input).__name__}; "
             "pass e.g. torch.zeros(1, 3, 224, 224)"
         )
+    for value in inputs:
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            require_dense(ModelError, "count: example_input", value)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"count: model must consist of Python modules, got a {type(module).__name__} as layer '{name}'; pass the module "
+                "before torch.jit.script or torch.jit.trace"
+            )
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     memo = {id(t): fake.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
     # Outside of the mode, under which a plain tensor on the model (a cache of a forward) could not be copied.
-    shadow = copy.deepcopy(model, memo)
+    shadow = copied("count", model, memo)
     with fake:
         inputs = tuple(fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in inputs)
         recorder = _Recorder(shadow.eval())

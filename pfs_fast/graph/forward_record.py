@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from .left_state import put_back
+from .shapes import leaves
 
 
 class ForwardRecord(fx.Interpreter):
@@ -29,7 +31,11 @@ class ForwardRecord(fx.Interpreter):
         modes = [(module, module.training) for module in graph_module.modules()]
         try:
             graph_module.eval()
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            with (
+                put_back(graph_module, FakeTensor),
+                FakeTensorMode(allow_non_fake_inputs=True) as mode,
+                torch.no_grad(),
+            ):
                 self.constants |= {
                     storage_of(t) for t in [*graph_module.parameters(), *graph_module.buffers()]
                 }
@@ -53,4 +59,4 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """All tensors of a nest."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in leaves(value) if isinstance(leaf, torch.Tensor)]

@@ -32,7 +32,8 @@ def call_layers(graph: fx.Graph, root: nn.Module) -> set[nn.Module]:
     modules = dict(root.named_modules())
     inside = set()
     for node in list(graph.nodes):
-        form = _FORMS.get(node.target) if node.op == "call_function" else None
+        alone = node.op == "call_function" and "inside" not in node.meta
+        form = _FORMS.get(node.target) if alone else None
         arguments = None if form is None else _arguments(node, form.defaults)
         if arguments is None:
             continue
@@ -48,7 +49,7 @@ def call_layers(graph: fx.Graph, root: nn.Module) -> set[nn.Module]:
             call = graph.call_module(owner, (x,))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
-        if type(module).forward is not form.forward:
+        if type(module).forward is not form.forward or "forward" in vars(module):
             inside.add(module)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:

@@ -11,11 +11,12 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .._modules import has_hooks
 from ..errors import TraceError
 from .counting import quiet_fake_tensors
+from .left_state import put_back
+from .user_functions import either, is_shown
 
 IMAGES = 2  # batch norm over 1x1 maps needs more than one value a channel
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -77,7 +80,7 @@ def infer_values(
     Raises:
         TraceError: A node does not take what it gets.
     """
-    with fake_run(graph_module):
+    with fake_run(graph_module), put_back(graph_module, FakeTensor):
         fakes = [
             torch.empty((IMAGES, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in inputs
         ]
@@ -96,7 +99,8 @@ def fake_run(module: nn.Module, mode: FakeTensorMode | None = None) -> Iterator[
         mode: To go on with tensors of an earlier run; default: a new one.
     """
     # Fake tensors carry small integers as values: a batch norm would count this run in its real buffer.
-    counters = [(b, b.clone()) for b in module.buffers() if not b.is_floating_point()]
+    buffers = (b for b in module.buffers() if isinstance(b, Tensor))  # in tracing: not yet set
+    counters = [(b, b.clone()) for b in buffers if not b.is_floating_point()]
     # The fused attention of nn.MultiheadAttention is one operation that the counter does not know.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -167,12 +171,14 @@ class _Recorder(fx.Interpreter):
             module = self._named[n.target]
             return type(module) in _FREE and not has_hooks(module)
         if n.op == "call_function":
-            return n.target in _FREE_FUNCTIONS
+            return n.target in _FREE_FUNCTIONS or n.target is either or is_shown(n)
         return n.op != "call_method" or n.target in _FREE_METHODS
 
     def _known(self, n: fx.Node) -> Tensor | None:
         """The result of a plain layer, without running it; None where anything is unusual."""
         if n.op != "call_module" or len(n.args) != 1 or n.kwargs:
+            return None
+        if not isinstance(n.args[0], fx.Node):  # a list of tensors
             return None
         module, x = self._named[n.target], self.env[n.args[0]]
         if not isinstance(x, Tensor) or has_hooks(module):
@@ -290,6 +296,18 @@ def _find_stale(graph: fx.Graph) -> None:
 
 def memories(node: fx.Node) -> set[int]:
     """What the tensors of a node's value are stored in."""
-    value = node.meta["val"]
-    values = value if isinstance(value, (tuple, list)) else (value,)
+    values = leaves(node.meta["val"])
     return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}
+
+
+def leaves(nested: Any, whole: type | tuple[type, ...] = ()) -> list[Any]:
+    """What nested lists, tuples, dictionaries and dataclasses hold; those of class ``whole`` are leaves."""
+    if isinstance(nested, whole):
+        return [nested]
+    if is_dataclass(nested) and not isinstance(nested, (type, dict)):
+        nested = [getattr(nested, f.name) for f in fields(nested)]
+    if isinstance(nested, dict):
+        nested = list(nested.values())
+    if isinstance(nested, (tuple, list)):
+        return [leaf for value in nested for leaf in leaves(value, whole)]
+    return [nested]

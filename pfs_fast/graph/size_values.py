@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .shapes import IMAGES, fake_run
+from .shapes import IMAGES, fake_run, leaves
 
 _SHAPE_METHODS = frozenset(("size", "dim", "ndimension", "numel", "nelement"))
 _SHAPE_ATTRIBUTES = frozenset(("shape", "ndim"))
@@ -39,6 +39,12 @@ class SizeValues:
         self._plain_module = nn.Module.__call__, nn.Module.__getattr__
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._runs: tuple[dict[fx.Node, Any], ...] = ({}, {})
+        self._attributes: dict[str, Tensor] = {}
+
+    def begin(self, root: nn.Module) -> None:
+        """Note the parameters and buffers of what is traced, which its forward may set to something else."""
+        self._attributes = dict(root.named_parameters(remove_duplicate=False))
+        self._attributes |= dict(root.named_buffers(remove_duplicate=False))
 
     def __call__(self, node: fx.Node) -> Any:
         """The value of a node, a number or a tuple of numbers, noted on it as assumed.
@@ -67,6 +73,19 @@ class SizeValues:
             raise NotASize("it is not the shape of a tensor")
         return run[node]
 
+    def known(self, node: fx.Node) -> Any:
+        """The value of any node, of which only the kind is used: nothing is assumed.
+
+        Raises:
+            NotASize: It cannot be run on the example.
+        """
+        run = self._runs[0]
+        if node not in run:
+            self._advance()
+        if node not in run:
+            raise NotASize("it cannot be computed for the example input")
+        return run[node]
+
     def _is_tensor(self, node: fx.Node) -> bool:
         return _holds_tensors(self._runs[0][node])
 
@@ -85,10 +104,11 @@ class SizeValues:
 
     def _advance(self) -> tuple[dict[fx.Node, Any], ...]:
         """Run what has been traced since the last question. Nodes that fail have no value, nor have their users."""
+        nodes = list(self._tracer.graph.nodes)
         with self._untraced(), fake_run(self._tracer.root, self._mode):
             for run, images in zip(self._runs, (IMAGES, IMAGES + 1), strict=True):
                 inputs = iter(self._inputs)
-                for node in self._tracer.graph.nodes:
+                for node in nodes:
                     if node in run:
                         continue
                     try:
@@ -106,13 +126,21 @@ class SizeValues:
                 return node.args[0]
             return torch.empty((images, *x.shape[1:]), dtype=x.dtype, device=x.device)
         if node.op == "get_attr":
-            return operator.attrgetter(node.target)(self._tracer.root)
+            return self._attribute(node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: run[n])
         if node.op == "call_module":
             return self._tracer.root.get_submodule(node.target)(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
+
+    def _attribute(self, name: str) -> Any:
+        """An attribute as it was before the forward set it, to what is traced."""
+        if name not in self._attributes:
+            self._attributes |= {name: t for t, name in self._tracer.tensor_attrs.items()}
+        if name in self._attributes:
+            return self._attributes[name]
+        return operator.attrgetter(name)(self._tracer.root)
 
     @contextmanager
     def _untraced(self) -> Iterator[None]:
@@ -183,8 +211,4 @@ def _is_one_size(node: fx.Node, is_tensor: Callable[[fx.Node], bool]) -> bool:
 
 
 def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        return any(map(_holds_tensors, value))
-    return isinstance(value, Tensor)
+    return any(isinstance(leaf, Tensor) for leaf in leaves(value))

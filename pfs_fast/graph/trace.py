@@ -7,6 +7,7 @@ of one deep copy, and the user's model is never touched.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import os
 import threading
@@ -21,14 +22,18 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map
 from torchvision.ops import FrozenBatchNorm2d
 
 from .._ambient import turn
-from .._modules import require_plain
+from .._modules import copied, require_plain
 from ..errors import ModelError, TraceError
 from .functional import call_layers, is_same_padded
+from .left_state import Left, ModuleState
 from .shapes import infer_values
 from .size_values import NotASize, SizeValues
+from .tensor_questions import questions_answered
+from .user_functions import functions_kept
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep  # not torchvision
 # Layers that stay one node, also as subclasses with the forward of their base.
@@ -135,8 +140,35 @@ class _Tracer(fx.Tracer):
         self._thread = threading.get_ident()  # torch.fx patches nn.Module for all threads
         self._size_values = SizeValues(self, inputs)
 
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        self._size_values.begin(root)
+        with functions_kept(self), questions_answered(_Proxy, self.value):
+            return super().trace(root, concrete_args)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The forward that runs may be one of the instance: ``model.forward = model.forward_features``."""
+        own = vars(self.root).get("forward")
+        if own is None:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        if not inspect.ismethod(own):
+            forward, args = super().create_args_for_root(own, False, concrete_args)
+            return forward, args
+        forward, args = super().create_args_for_root(own.__func__, True, concrete_args)
+        return forward, [own.__self__, *args[1:]]
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def value(self, obj: fx.Proxy) -> Any:
+        """What stands for an object where the forward asks whether it is a tensor."""
+        try:
+            return self._size_values.known(obj.node)
+        except NotASize as error:
+            raise fx.proxy.TraceError(
+                f"the forward asks what '{obj.node.name}' is, but {error}"
+            ) from None
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.number(obj))
@@ -149,6 +181,18 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def example(self, nested: Any) -> Any:
+        """Tensors of zeros, or plain values, in the place of what was traced."""
+
+        def stand_in(v: Any) -> Any:
+            value = self.value(v) if isinstance(v, fx.Proxy) else v
+            fake = value is not v and isinstance(value, torch.Tensor)
+            return (
+                torch.zeros(value.shape, dtype=value.dtype, device=value.device) if fake else value
+            )
+
+        return tree_map(stand_in, nested, is_leaf=lambda v: isinstance(v, fx.Proxy))
 
     def number(self, obj: fx.Proxy) -> Any:
         """What Python makes control flow of, or an index."""
@@ -172,7 +216,11 @@ class _Tracer(fx.Tracer):
             ) from None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m) in self._opaque or is_same_padded(m):
+        if type(m) in self._opaque:
+            return True
+        if "forward" in vars(m):  # not the forward of its class
+            return False
+        if is_same_padded(m):
             return True
         for base in _LAYERS:
             # A subclass with the forward of its base (weight standardisation has one of its own) is that layer.
@@ -213,11 +261,12 @@ def trace(
     """
     _check_model(model, values)
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    replica = _copied(model)
+    replica = copied("trace", model)
     graphs, inside, untraceable = _trace_modes(replica, inputs)
     for layer in inside:
         # What the subclass does besides stands in the graph; the layer itself is that of its base.
         layer.__class__ = _torch_class(type(layer))
+        vars(layer).pop("forward", None)
     train, eval_ = graphs
     assumed = [n for g in graphs for n in g.graph.nodes if "assumed" in n.meta]
     if _same(train.graph, eval_.graph):
@@ -242,6 +291,10 @@ def trace(
         if type(module) in untraceable
     }
     shapes = tuple(tuple(x.shape[1:]) for x in inputs) if assumed else None
+    # Everything below looks for modules in the graph of train mode.
+    for node in eval_.graph.nodes:
+        if node.op == "call_module":
+            train.add_submodule(node.target, eval_.get_submodule(node.target))
     params = sum(p.numel() for p in model.parameters())
     return TracedModel(train, eval_, macs, params, opaque, shapes, _uncalled(graphs, replica))
 
@@ -268,11 +321,14 @@ def _trace_modes(
     while True:
         graphs, inside = [], set()
         try:
+            states = []
             for training in (True, False):
-                model.train(training)
-                graph_module, layers = _trace_mode(model, inputs, set(untraceable))
+                graph_module, layers, left = _trace_mode(model, inputs, set(untraceable), training)
                 graphs.append(graph_module)
                 inside |= layers
+                states += [left] if left else []
+            for left in states:
+                _require_stateless(model, inputs, set(untraceable), graphs, left)
             return graphs, inside, untraceable
         except _Untraceable as error:
             kind = type(error.module)
@@ -304,22 +360,15 @@ def _check_model(model: nn.Module, values: bool) -> None:
         )
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # whatever the model's attributes raise
-        raise ModelError(
-            f"trace: model must be one that copy.deepcopy copies, got {type(error).__name__}: {error}; use "
-            "torch.nn.utils.parametrizations instead of weight_norm or spectral_norm, and keep no activations, locks or "
-            "open files on the model"
-        ) from error
-
-
 def _trace_mode(
-    model: nn.Module, inputs: tuple[torch.Tensor, ...], opaque: set[type[nn.Module]]
-) -> tuple[fx.GraphModule, set[nn.Module]]:
-    """The graph, and layers with a forward of their own that became calls of their base."""
-    tracer = _Tracer(opaque, inputs)
+    model: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    opaque: set[type[nn.Module]],
+    training: bool,
+) -> tuple[fx.GraphModule, set[nn.Module], list[Left]]:
+    """The graph, layers with a forward of their own that became calls of their base, and what the forward left on modules."""
+    model.train(training)
+    state, tracer = ModuleState(model), _Tracer(opaque, inputs)
     try:
         with warnings.catch_warnings():
             # What traced control flow warns of becomes an error below if it matters.
@@ -335,8 +384,42 @@ def _trace_mode(
         )
         named.__cause__ = error
         raise _Untraceable(module, named) from error
+    finally:
+        left = state.undo(fx.Proxy)
+    left = [Left(found.module, found.name, tracer.example(found.value)) for found in left]
     inside = call_layers(graph, tracer.root)
-    return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__), inside
+    return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__), inside, left
+
+
+def _require_stateless(
+    model: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    opaque: set[type[nn.Module]],
+    graphs: list[fx.GraphModule],
+    left: list[Left],
+) -> None:
+    """Trace again with what a forward left on the modules: each must do the same as from the start."""
+    for graph_module, training in zip(graphs, (True, False), strict=True):
+        state = ModuleState(model)
+        for found in left:
+            vars(found.module)[found.name] = copy.copy(found.value)
+        try:
+            again = _trace_mode(model, inputs, opaque, training)[0]
+        except _Untraceable:
+            again = None
+        finally:
+            state.restore(left)
+        if again is None or not _alike(graph_module, again):
+            names = {id(m): name for name, m in model.named_modules()}
+            first = left[0]
+            where = f"{names[id(first.module)]}.{first.name}".lstrip(".")
+            raise _Untraceable(
+                first.module,
+                TraceError(
+                    f"trace: model must compute the same whatever an earlier forward left on it, but its forward reads "
+                    f"'{where}', which it sets; keep no tensors on modules between two forwards"
+                ),
+            )
 
 
 def _torch_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -356,6 +439,29 @@ def _user_line(error: Exception) -> str:
         if not frame.filename.startswith((_TORCH_FOLDER, _OWN_FOLDER)):
             return f" ({frame.filename}:{frame.lineno}: {frame.line})"
     return ""
+
+
+def _alike(a: fx.GraphModule, b: fx.GraphModule) -> bool:
+    """``_same`` but for the names of constants, which every trace makes anew."""
+    if len(a.graph.nodes) != len(b.graph.nodes):
+        return False
+    place = {n: f"%{i}" for g in (a.graph, b.graph) for i, n in enumerate(g.nodes)}
+
+    def constant(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+        return getattr(graph_module, node.target) if node.op == "get_attr" else None
+
+    for x, y in zip(a.graph.nodes, b.graph.nodes, strict=True):
+        if x.op != y.op:
+            return False
+        made = all(str(n.target).startswith("_tensor_constant") for n in (x, y))
+        if made and x.op == "get_attr":
+            if not torch.equal(constant(a, x), constant(b, y)):
+                return False
+            continue
+        arguments = [str(fx.map_arg((n.args, n.kwargs), place.get)) for n in (x, y)]
+        if x.target != y.target or arguments[0] != arguments[1]:
+            return False
+    return True
 
 
 def _same(a: fx.Graph, b: fx.Graph) -> bool:

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from .._json import parse_json
 from ..budgets.deployment import Deployment
 from ..errors import FileWriteError
-from ..storage.files import write_text_atomic
+from ..storage.files import read_text, write_text_atomic
 
 FORMAT, VERSION = "pfs_fast.latency", 1
 
@@ -96,12 +97,12 @@ class LatencyCache:
             )
 
     def _read(self) -> Points:
-        try:
-            document = json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not os.path.lexists(self.path):
             return {}
-        except (OSError, ValueError) as error:
-            return self._unusable(f"{type(error).__name__}: {error}")
+        try:
+            document = parse_json(read_text(self.path, "latency"))
+        except ValueError as error:
+            return self._unusable(str(error))
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             return self._unusable("it is of another format")
         if document.get("version") != VERSION or document.get("key") != self.key:

@@ -10,12 +10,16 @@ from torch import nn
 
 from ..errors import ConfigError
 
+_LARGEST_FACTOR = 1000  # on widths, the squares of which are weights
+
 
 def check_num_classes(function: str, num_classes: int) -> int:
     """Returns `num_classes`, or raises ConfigError in the name of `function`."""
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+    whole = isinstance(num_classes, int) and not isinstance(num_classes, bool)
+    if not whole or not 1 <= num_classes < 2**31:
+        got = "more than 2**31" if whole and num_classes > 1 else repr(num_classes)
         raise ConfigError(
-            f"{function}: num_classes must be an integer >= 1, got {num_classes!r}; "
+            f"{function}: num_classes must be an integer >= 1, got {got}; "
             "pass the number of classes of the data"
         )
     return num_classes
@@ -23,9 +27,14 @@ def check_num_classes(function: str, num_classes: int) -> int:
 
 def _check_factor(function: str, argument: str, factor: float) -> float:
     is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-    if not is_number or not math.isfinite(factor) or factor <= 0:
+    if not is_number or not 0 < factor <= _LARGEST_FACTOR:
+        got = (
+            f"more than {_LARGEST_FACTOR:,}"
+            if is_number and factor > _LARGEST_FACTOR
+            else repr(factor)
+        )
         raise ConfigError(
-            f"{function}: {argument} must be a finite number > 0, got {factor!r}; "
+            f"{function}: {argument} must be a finite number > 0, got {got}; use at most {_LARGEST_FACTOR:,}, where "
             "1.0 is the original width and 1.25 the paper's"
         )
     return float(factor)

@@ -1,8 +1,9 @@
-"""Networks by name: the paper's own, torchvision's, and any factory that can be imported."""
+"""Networks by name: the paper's own, torchvision's, timm's, and any factory that can be imported."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
@@ -42,8 +43,9 @@ def get(name: str, /, **kwargs: Any) -> nn.Module:
     """Builds a randomly initialised network by name.
 
     Args:
-        name: One of `names()`; or `"torchvision:<builder>"`, such as `"torchvision:resnet18"`; or `"package.module:factory"`, where
-            the factory is any callable of that module that returns an `nn.Module`.
+        name: One of `names()`; or `"torchvision:<builder>"`, such as `"torchvision:resnet18"`; or `"timm:<name>"`, such as
+            `"timm:resnet26d"`; or `"package.module:factory"`, where the factory is any callable of that module that returns an
+            `nn.Module`.
         **kwargs: Passed to the factory, such as `num_classes=10` or `expansion=1.25`.
 
     Returns:
@@ -52,7 +54,7 @@ def get(name: str, /, **kwargs: Any) -> nn.Module:
     Raises:
         ModelError: The name is unknown (the message lists the closest ones), the factory does not take `kwargs`, or it returned
             something else than a module.
-        BackendError: torchvision is asked for and not installed.
+        BackendError: torchvision or timm is asked for and not installed.
 
     Example:
         >>> from pfs_fast import models
@@ -67,16 +69,28 @@ def get(name: str, /, **kwargs: Any) -> nn.Module:
     if not colon:
         factory = _FACTORIES.get(name)
         if factory is None:
-            repair = 'or "torchvision:<builder>" or "package.module:factory"'
+            repair = 'or "torchvision:<builder>" or "timm:<name>" or "package.module:factory"'
             raise ModelError(
                 f"models.get: name must be one of {', '.join(names())}, {repair}, got {name!r}{_closest(name, names())}"
             )
     elif prefix == "torchvision":
         factory = _torchvision_factory(name, attribute)
-        kwargs = {"weights": None, **kwargs}
+        no_weights = {"weights", "weights_backbone"} & inspect.signature(factory).parameters.keys()
+        kwargs = {**dict.fromkeys(no_weights), **kwargs}
+    elif prefix == "timm":
+        factory = _timm_factory(name, attribute)
     else:
         factory = _imported_factory(name, prefix, attribute)
     return _build(name, factory, kwargs)
+
+
+def is_listed(name: str) -> bool:
+    """Whether a name is that of a network in the list of this package, torchvision or timm, and not of any other function."""
+    prefix, colon, attribute = name.partition(":")
+    if not colon:
+        return name in _FACTORIES
+    listing = {"torchvision": _torchvision_names, "timm": _timm_names}.get(prefix)
+    return listing is not None and attribute in listing(name)
 
 
 def _build(name: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> nn.Module:
@@ -97,20 +111,44 @@ def _build(name: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> nn
     return model
 
 
-def _torchvision_factory(name: str, attribute: str) -> Callable[..., nn.Module]:
+def _torchvision_names(name: str) -> list[str]:
+    return _package(name, "torchvision").models.list_models()
+
+
+def _timm_names(name: str) -> list[str]:
+    return _package(name, "timm").list_models()
+
+
+def _package(name: str, package: str) -> Any:
     try:
-        from torchvision import models as zoo
+        return importlib.import_module(package)
     except ImportError as error:
         raise BackendError(
-            f"models.get: {name!r} needs the package torchvision, which cannot be imported ({error}); pip install torchvision"
+            f"models.get: {name!r} needs the package {package}, which cannot be imported ({error}); pip install {package}"
         ) from error
-    builders = zoo.list_models(module=zoo)
+
+
+def _torchvision_factory(name: str, attribute: str) -> Callable[..., nn.Module]:
+    builders = _torchvision_names(name)
     if attribute not in builders:
         raise ModelError(
-            f"models.get: name must be a classification network of torchvision.models, got {name!r}"
+            f"models.get: name must be a network of torchvision.models, got {name!r}"
             f"{_closest(attribute, builders, 'torchvision:')}"
         )
-    return zoo.get_model_builder(attribute)
+    return _package(name, "torchvision").models.get_model_builder(attribute)
+
+
+def _timm_factory(name: str, attribute: str) -> Callable[..., nn.Module]:
+    """A network of timm's list without weights, or a function of timm itself."""
+    known = _timm_names(name)
+    timm = _package(name, "timm")
+    if attribute in known:
+        return functools.partial(timm.create_model, attribute)
+    if not callable(getattr(timm, attribute, None)):
+        raise ModelError(
+            f"models.get: name must be a network of timm.list_models(), got {name!r}{_closest(attribute, known, 'timm:')}"
+        )
+    return getattr(timm, attribute)
 
 
 def _imported_factory(name: str, module_name: str, attribute: str) -> Callable[..., Any]:

@@ -12,12 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import LoaderError, NonFiniteLossError, PfsError
+from ..errors import LoaderError, ModelError, NonFiniteLossError, PfsError
 from ..gating.compaction import Compaction
 from ..gating.gated import GatedNetwork
 from ..gating.gates import GateBank, GateState
 from ..gating.objective import cross_entropy
-from ..training.batches import Loader, check_labels, checked_batches, label_message, split_outputs
+from ..training.batches import (
+    LabelWatch,
+    Loader,
+    check_labels,
+    check_noted,
+    checked_batches,
+    note_labels,
+    require_gradient,
+    split_outputs,
+)
+from ..training.bf16_convs import SoundConvs, may_run_bf16
 from .config import SearchConfig
 from .stability import StabilityWatch
 from .step_meter import DeviceMeter, HostMeter, Measured, PendingMeasure, Reading
@@ -99,6 +109,7 @@ class SearchLoop:
         self.device = bank.state.values.device
         self.deferred = self.device.type in DEFERRED
         self._scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
+        self._sound_convs = SoundConvs(network.root, may_run_bf16(network.root, self.device))
         self._good = self.gates()
         self._shape: torch.Size | None = None
         self.num_classes = 0
@@ -119,8 +130,8 @@ class SearchLoop:
                 the device).
         """
         logits = self._logits(images)
-        labels, bad_label = self._check_labels(labels, logits.size(1))
-        self._learn(logits, labels, bad_label)
+        labels, noted = self._check_labels(labels, logits.size(1))
+        self._learn(logits, labels, noted)
         self.count_step(len(images))
 
     def device_step(self, images: Tensor, labels: Tensor, *, trusted: bool) -> None:
@@ -129,14 +140,14 @@ class SearchLoop:
         Args:
             images: On the device.
             labels: On the device.
-            trusted: Labels are known to be inside the classes.
+            trusted: Labels are known to be right.
         """
         outputs = self.network(self.place(images))
         logits = split_outputs(outputs, len(images), "search")[0]
-        bad_label = None
+        noted = None
         if not trusted:
-            labels, bad_label = self._check_labels(labels, logits.size(1))
-        self._learn(logits, labels, bad_label)
+            labels, noted = self._check_labels(labels, logits.size(1))
+        self._learn(logits, labels, noted)
 
     def count_step(self, images: int) -> None:
         """The host's part of a step over so many images."""
@@ -177,7 +188,7 @@ class SearchLoop:
             NonFiniteLossError: Of this loss; the gates have taken its step.
         """
         self._meter.add(loss, correct, self.state.steps, None)
-        self._check(self._meter.bad_step, self._meter.bad_loss, -1)
+        self._check(self._meter.bad_step, self._meter.bad_loss)
         self.count_step(images)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -185,18 +196,21 @@ class SearchLoop:
         yield from self.network.tensors()
         yield from self.bank.tensors()
 
-    def _learn(self, logits: Tensor, labels: Tensor, bad_label: Tensor | None) -> None:
+    def _learn(self, logits: Tensor, labels: Tensor, noted: Tensor | None) -> None:
         loss = cross_entropy(logits, labels)
         step = self.state.gates.step
-        self._meter.add(loss.detach(), _num_correct(logits, labels), step, bad_label)
+        self._meter.add(loss.detach(), _num_correct(logits, labels), step, noted)
         if not self.deferred:
-            self._check(self._meter.bad_step, self._meter.bad_loss, -1)
+            self._check(self._meter.bad_step, self._meter.bad_loss)
         self._update(loss)
 
     def _update(self, loss: Tensor) -> None:
+        require_gradient(loss, "search")
         config, gates = self.config, self.state.gates
         self.bank.zero_grad()
-        (loss * self._scale if self._scale != 1.0 else loss).backward()
+        self._sound_convs.backward(
+            loss * self._scale if self._scale != 1.0 else loss, caller="search"
+        )
         if self._scale != 1.0:
             self.bank.grad.div_(self._scale)
         self._ops.gate_step_(
@@ -267,11 +281,19 @@ class SearchLoop:
 
     def _logits(self, images: Tensor) -> Tensor:
         try:
-            outputs = self.network(self.place(images))
+            with self._sound_convs("search"):
+                outputs = self.network(self.place(images))
         except (PfsError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             if images.shape == self._shape:  # the same went well before
+                raise
+            if self._dtype in (torch.bfloat16, torch.float16) and _is_of_dtypes(error):
+                raise ModelError(
+                    f"search: model must run in {self.config.precision}, which its forward mixes with other dtypes, got an error "
+                    f"({error}); use SearchConfig(precision='fp32')"
+                ) from error
+            if isinstance(error, TypeError):
                 raise
             raise LoaderError(
                 f"search: images must fit the model in every batch, got shape {list(images.shape)}: {error}; resize them, or "
@@ -288,19 +310,12 @@ class SearchLoop:
         return images.to(self.device, self._dtype, non_blocking=True, memory_format=layout)
 
     def _check_labels(self, labels: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
-        """Labels on the device and inside the classes; on CUDA a bad one is noted and replaced, not read."""
+        """Labels on the device and safe to use; what is wrong with labels on CUDA is noted, not read."""
         self.num_classes = classes
         if labels.device.type == "cpu":
             check_labels(labels, classes, "search")
             return labels.to(self.device, non_blocking=True), None
-        labels = labels.to(self.device, non_blocking=True)
-        if labels.is_floating_point():
-            check_labels(labels, classes, "search")
-            return labels, None
-        # cross_entropy would abort the whole CUDA context on a label outside the classes.
-        safe = labels.clamp(0, classes - 1)
-        worst = torch.where(safe == labels, -1, labels.abs()).max()
-        return safe, worst
+        return note_labels(labels.to(self.device, non_blocking=True), classes, "search")
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -339,7 +354,8 @@ class SearchLoop:
     def _settle(self, pending: _PendingEntry) -> None:
         """Checks the numbers of an entry, adds it to the history, and takes its gates as known to be good."""
         found: Measured = pending.measure.get()
-        self._check(found.bad_step, found.bad_loss, found.bad_label)
+        check_noted(found.labels, self.num_classes, "search")
+        self._check(found.bad_step, found.bad_loss)
         entry = {
             "step": pending.step,
             "epoch": pending.epoch,
@@ -366,9 +382,7 @@ class SearchLoop:
         }
         self.state.history.append(entry)
 
-    def _check(self, bad_step: int, bad_loss: float, bad_label: int) -> None:
-        if bad_label >= 0:
-            raise LoaderError(label_message("search", self.num_classes, bad_label))
+    def _check(self, bad_step: int, bad_loss: float) -> None:
         if bad_step >= 0:
             raise NonFiniteLossError(
                 f"search: loss must be finite, got {bad_loss} at step {bad_step}; check the images for NaN, normalise "
@@ -430,16 +444,30 @@ class SearchLoop:
 
     @torch.no_grad()
     def evaluate(self, loader: Loader) -> float:
-        """Accuracy in [0, 1] in eval mode, with running statistics."""
+        """Accuracy in [0, 1] in eval mode, with running statistics.
+
+        Raises:
+            LoaderError: Labels do not fit the network's classes.
+            NonFiniteLossError: Logits are NaN.
+        """
         self.network.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        nan = torch.zeros((), dtype=torch.bool, device=self.device)
+        watch = LabelWatch(self.device, "search")
         seen = 0
         for images, labels in checked_batches(loader, "search", name="val_loader"):
             logits = self._logits(images)
-            labels, _ = self._check_labels(labels, logits.size(1))
+            labels = watch.checked(labels, logits.size(1)).to(self.device)
             correct += _num_correct(logits, labels)
+            nan |= logits.isnan().any()
             seen += len(images)
         self.network.train()
+        watch.read()
+        if nan:
+            raise NonFiniteLossError(
+                f"search: logits of val_loader must be numbers, got NaN after step {self.state.steps}; check its images for NaN and "
+                "normalise them"
+            )
         return int(correct) / seen
 
     def keep_if_best(self, accuracy: float) -> None:
@@ -461,6 +489,10 @@ class _PendingEntry(NamedTuple):
 
     def ready(self) -> bool:
         return self.measure.ready()
+
+
+def _is_of_dtypes(error: Exception) -> bool:
+    return any(word in str(error).lower() for word in ("dtype", "scalar type", "bfloat16", "half"))
 
 
 def _num_correct(logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _library, ops
+from .._tensors import require_dense
 from ..budgets.bounds import without_ignored
 from ..budgets.budget import Budget, Limits
 from ..budgets.cost import CostModel, count
@@ -118,7 +119,9 @@ def prepare(
     config = replace(
         config,
         target=config.target or _target(limits, cost_model.evaluate(evenly), share_base),
-        precision=next(name for name, value in PRECISIONS.items() if value == dtype),
+        precision=next(name for name, value in PRECISIONS.items() if value == dtype)
+        if config.precision == "auto"
+        else config.precision,
         backend="reference" if kernels is reference_ops else "fused",
     )
     gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -206,10 +209,12 @@ def _for_model(example: Tensor | tuple[Tensor, ...], model: nn.Module) -> tuple[
     """The example input on the device and in the floating dtype of the model's parameters, as tracing needs it."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     inputs = example if isinstance(example, tuple) else (example,)
-    if not all(isinstance(x, Tensor) for x in inputs):
+    if not inputs or not all(isinstance(x, Tensor) and (x.is_nested or x.dim()) for x in inputs):
         raise ConfigError(
-            f"search: example_input must be a tensor or a tuple of tensors, got {type(example).__name__}"
+            f"search: example_input must be a tensor or a tuple of tensors [N, C, ...], got {type(example).__name__}"
         )
+    for x in inputs:
+        require_dense(ConfigError, "search: example_input", x)
     if parameter is None:
         return inputs
     return tuple(
@@ -227,9 +232,11 @@ def _reference(
     if isinstance(reference, nn.Module):
         cost = count(reference, _for_model(example, reference))
         return cost.macs, cost.params
-    if isinstance(reference, bool) or not isinstance(reference, numbers.Real) or not reference >= 1:
+    real = isinstance(reference, numbers.Real) and not isinstance(reference, bool)
+    if not real or not 1 <= reference < 2**63:
+        got = "more than 2**63" if real and reference > 1 else repr(reference)
         raise BudgetError(
-            f"search: reference must be a module or a number of MACs of at least 1, got {reference!r}; leave it out for "
+            f"search: reference must be a module or a number of MACs of at least 1, got {got}; leave it out for "
             "the model itself"
         )
     share = next((s for s in (budget.params, budget.weight_bytes) if isinstance(s, float)), None)

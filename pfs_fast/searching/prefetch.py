@@ -34,6 +34,8 @@ class Transfer(Protocol):
 
     def pin(self, labels: Tensor) -> Tensor: ...
 
+    def stay_in_stream(self) -> None: ...
+
     def mark(self) -> Event: ...
 
 
@@ -46,11 +48,13 @@ class CudaTransfer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream: torch.cuda.Stream | None = torch.cuda.Stream(device)
 
     def send(self, images: Tensor) -> Tensor:
         """Images on the device, for work asked for from now on in the current stream."""
         source = self.pin(images)
+        if self._stream is None:
+            return source.to(self._device, non_blocking=True)
         current = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
             copy = source.to(self._device, non_blocking=True)
@@ -62,6 +66,14 @@ class CudaTransfer:
     def pin(self, labels: Tensor) -> Tensor:
         """The same values in pinned memory, which is copied from without waiting."""
         return labels if labels.is_pinned() else labels.pin_memory()
+
+    def stay_in_stream(self) -> None:
+        """Copy in the current stream from now on, and no longer beside its work.
+
+        A capture that failed can leave PyTorch's allocator in the belief that one is under way. It then never takes back memory
+        that two streams have used.
+        """
+        self._stream = None
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()

@@ -25,14 +25,16 @@ from ..errors import (
     FileFormatError,
     InfeasibleBudgetError,
     ModelError,
+    StructureError,
 )
-from ..graph.groups import ChannelGroup, ChannelGroups, Layer
+from ..graph.groups import ChannelGroups, Layer
 from ..measuring import comparison
 from ..measuring.meters import Meters, needs_model
 from ..slimming.slim import slim as make_slim
 from ..storage.files import read_safetensors, write_safetensors
 from ..training.progress import Progress
 from .config import SearchConfig
+from .saved_groups import read_counts, read_groups, read_history
 
 FORMAT, VERSION = "pfs_fast.search", 3  # 1 knew fewer limits, 2 a single ranking
 
@@ -347,71 +349,59 @@ class SearchResult:
     ) -> SearchResult:
         """The result that ``content`` describes; ``path`` is where it was read, for errors, which are those of ``load``."""
         try:
-            layers = []
-            for i, plain in enumerate(meta["layers"]):
-                out_units = tensors[f"layer.{i}.out_units"].numpy()
-                in_units = (
-                    out_units if plain["kind"] == "bn" else tensors[f"layer.{i}.in_units"].numpy()
-                )
-                layers.append(Layer(out_units=out_units, in_units=in_units, **plain))
-            groups = ChannelGroups(
-                tuple(
-                    ChannelGroup(
-                        **{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
-                    )
-                    for group in meta["groups"]
-                ),
-                tuple(layers),
-                tuple((name, reason) for name, reason in meta["fixed"]),
-                *meta["other"],
-            )
+            groups = read_groups(tensors, meta)
+            _check_gates(tensors["gates"], tensors["died_at"], groups.num_units)
+            reference = read_counts("reference", meta["reference"])
+            shape = meta["input_shape"]
             result = cls(
                 groups,
                 tensors["gates"],
                 tensors["died_at"],
                 Budget(**meta["budget"]),
-                (int(meta["reference"][0]), int(meta["reference"][1])),
+                (reference[0], reference[1]),
                 # Before version 3 the gates were the only ranking.
                 SearchConfig(**{"ranking": "gates", **meta["config"]}),
-                meta["history"],
+                read_history(meta["history"]),
                 model,
-                None if meta["input_shape"] is None else tuple(meta["input_shape"]),
+                None if shape is None else read_counts("input_shape", shape, 1),
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise FileFormatError(
                 f"SearchResult.load: path must hold a whole search result, got '{path}' with {type(error).__name__}: "
                 f"{error}; save the result again"
             ) from error
-        _check_values(path, result)
         if "structure" in meta:
-            result._structure = _read_structure(path, groups, meta["structure"])
+            result._structure = _read_structure(path, result, meta["structure"])
         if model is not None:
             _check_model(path, groups, model)
         return result
 
 
-def _check_values(path: str | os.PathLike[str], result: SearchResult) -> None:
-    gates, died_at, count = result.flat_gates, result.died_at, result.groups.num_units
+def _check_gates(gates: Tensor, died_at: Tensor, count: int) -> None:
     if gates.shape != (count,) or died_at.shape != (count,):
-        raise FileFormatError(
-            f"SearchResult.load: path must hold {count} gates, got {list(gates.shape)} and times of death "
-            f"{list(died_at.shape)} in '{path}'; save the result again"
+        raise ValueError(
+            f"it must hold {count} gates, got {list(gates.shape)} and times of death {list(died_at.shape)}"
         )
-    in_range = gates.is_floating_point() and bool(((gates >= 0) & (gates <= 1)).all())
-    if not in_range or died_at.is_floating_point():
-        raise FileFormatError(
-            f"SearchResult.load: path must hold gates in [0, 1] and whole steps, got gates of {gates.dtype} and steps of "
-            f"{died_at.dtype} in '{path}', or values outside; save the result again"
-        )
-    if not isinstance(result.history, list) or not all(isinstance(e, dict) for e in result.history):
-        raise FileFormatError(
-            f"SearchResult.load: path must hold a history of entries, got another form in '{path}'; save the result again"
+    in_range = gates.dtype in (torch.float32, torch.float64) and ((gates >= 0) & (gates <= 1)).all()
+    if not in_range or died_at.dtype != torch.int32 or (died_at < -1).any():
+        raise ValueError(
+            f"it must hold gates in [0, 1] and whole steps, got gates of {gates.dtype} and steps of {died_at.dtype}, or "
+            "values outside"
         )
 
 
-def _read_structure(path: str | os.PathLike[str], groups: ChannelGroups, text: Any) -> Structure:
-    structure = Structure.from_json(text)
-    if structure.sizes != {group.name: group.size for group in groups.groups}:
+def _read_structure(path: str | os.PathLike[str], result: SearchResult, text: Any) -> Structure:
+    structure, groups = Structure.from_json(text), result.groups
+    same = structure.sizes == {group.name: group.size for group in groups.groups}
+    if same:
+        keep = np.zeros(groups.num_units, dtype=bool)
+        for group in groups.groups:
+            keep[group.start + np.array(structure.kept[group.name])] = True
+        try:
+            same = structure == Structure.from_keep(groups, keep, result._cost_model)
+        except StructureError:
+            same = False
+    if not same:
         raise FileFormatError(
             f"SearchResult.load: path must hold a structure of its own groups, got another one in '{path}'; save the result again"
         )

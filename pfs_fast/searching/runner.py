@@ -147,12 +147,18 @@ class _Recorder:
     def __init__(self, graphs: Graphs) -> None:
         self._graphs = graphs
         self.works = True
+        self._seen_waiting = False
 
-    def last_warm_step(self, step: Callable[[], None]) -> None:
-        """Takes the step before a capture, and gives up where it waits for the device."""
+    def last_warm_step(self, step: Callable[[], None]) -> bool:
+        """Takes the step before a capture, and says whether one may follow; gives up where it waits for the device.
+
+        What waits is seen for the whole process, so that another thread may have been it: the next step is looked at, too.
+        """
         reason = self._graphs.waits(step)
-        if reason is not None:
+        if reason is not None and self._seen_waiting:
             self._give_up(reason)
+        self._seen_waiting = reason is not None
+        return reason is None
 
     def capture(self, work: Callable[[], None]) -> Graph | None:
         if not self.works:
@@ -197,7 +203,7 @@ class GraphRunner(EagerRunner):
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         loop = self._loop
-        trusted = labels.device.type == "cpu" and not labels.is_floating_point()
+        trusted = labels.device.type == "cpu"  # checked there, in _fill
         key = (images.shape, labels.shape, labels.dtype, trusted)
         shape = self._shapes.get(key)
         if shape is None and len(self._shapes) < MAX_SHAPES:
@@ -217,6 +223,8 @@ class GraphRunner(EagerRunner):
                 lambda: loop.device_step(shape.images, shape.labels, trusted=trusted)
             )
             if shape.graph is None:
+                if self._transfer is not None:
+                    self._transfer.stay_in_stream()
                 loop.step(images, labels)
                 return
         self._fill(shape, images, labels)
@@ -229,9 +237,10 @@ class GraphRunner(EagerRunner):
         shape.images = torch.empty_like(loop.place(images))
         shape.labels = torch.empty_like(labels, device=loop.device)
         self._fill(shape, images, labels)
-        self._recorder.last_warm_step(
+        if not self._recorder.last_warm_step(
             lambda: loop.device_step(shape.images, shape.labels, trusted=trusted)
-        )
+        ):
+            shape.warm -= 1
         loop.count_step(len(images))
 
     def _fill(self, shape: _Shape, images: Tensor, labels: Tensor) -> None:
@@ -294,7 +303,8 @@ class FeedRunner:
         if not self._recorder.works or recorded.warm < WARMUP:
             recorded.warm += 1
             if recorded.warm == WARMUP and self._recorder.works:
-                self._recorder.last_warm_step(self._device_step)
+                if not self._recorder.last_warm_step(self._device_step):
+                    recorded.warm -= 1
                 self._loop.count_step(feed.batch_size)
             else:
                 self._loop.step(*feed.make())
@@ -325,7 +335,8 @@ class FeedRunner:
 
 def make_runner(loop: SearchLoop, loader: object) -> Runner:
     """The fastest runner for a loop and its loader."""
-    graphs = _graphs(loop)
+    # Python of the user's in the step must run in every one.
+    graphs = _graphs(loop) if foreign_code(loop.network.train_net) is None else None
     if graphs is not None and DeviceFeed.serves(loader, loop.device):
         runner: Runner = FeedRunner(loop, graphs, DeviceFeed(loader))
     else:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .._ambient import alone, callers_settings, random_numbers
+from .._cuda_settings import cuda_settings
 from .._modules import require_plain
 from ..budgets.budget import Budget
 from ..errors import ConfigError, NonFiniteLossError
-from ..training.batches import Loader, check_reiterable, checked_batches
+from ..training.batches import Loader, check_reiterable, checked_batches, num_batches
 from ..training.progress import Progress
 from .checkpoint import Checkpoint, fingerprint
 from .config import SearchConfig
@@ -131,6 +132,12 @@ def search(
         raise ConfigError(
             f"search: config must be a SearchConfig, got {type(config).__name__}; write SearchConfig(epochs=2, ...)"
         )
+    if not isinstance(progress, bool):
+        raise ConfigError(f"search: progress must be True or False, got {progress!r}")
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise ConfigError(
+            f"search: checkpoint must be a path, got {type(checkpoint).__name__}; write e.g. 'search.ckpt'"
+        )
     budget = Budget.of(budget)
     seeds = None if seeds is None else checked_seeds(seeds)
     passes = config.epochs * len(seeds or [0])
@@ -201,8 +208,10 @@ def _search(
         if first is not None:
             batches = _from_first(first, batches)
         runner = make_runner(plan.loop, loader)
+        float32 = "tf32" if config.precision == "tf32" else "ieee"
         try:
-            _run(plan, loader, batches, runner, val_loader, saved, name if progress else None)
+            with cuda_settings(place, float32, repeatable=True):
+                _run(plan, loader, batches, runner, val_loader, saved, name if progress else None)
         except NonFiniteLossError as error:
             error.result = plan.result(plan.loop.good_gates)
             raise
@@ -284,10 +293,10 @@ def _from_first(
 
 
 def _total_steps(loader: Any, config: SearchConfig) -> int | None:
-    try:
-        total = len(loader) * config.epochs
-    except TypeError:
+    batches = num_batches(loader)
+    if batches is None:
         return config.max_steps
+    total = batches * config.epochs
     return total if config.max_steps is None else min(total, config.max_steps)
 
 

@@ -23,7 +23,7 @@ class Measured:
         correct: Images whose largest logit was the label's.
         bad_step: First step with a loss that is not finite, ever; -1.
         bad_loss: That loss.
-        bad_label: A label outside the classes, as its absolute value; -1.
+        labels: What ``note_labels`` noted of all labels, ever. [3].
         gate_sum: Sum of all gates.
         alive: Gates above 0.
         finite: Whether all gates are finite.
@@ -36,7 +36,7 @@ class Measured:
     correct: int
     bad_step: int
     bad_loss: float
-    bad_label: int
+    labels: tuple[float, ...]
     gate_sum: float
     alive: int
     finite: bool
@@ -83,16 +83,14 @@ class Meter:
         self.images += images
         self.steps += 1
 
-    def add(
-        self, loss: Tensor, correct: Tensor, step: Tensor | int, bad_label: Tensor | None
-    ) -> None:
+    def add(self, loss: Tensor, correct: Tensor, step: Tensor | int, noted: Tensor | None) -> None:
         """The device's part of a step.
 
         Args:
             loss: Scalar, detached.
             correct: Images whose largest logit is the label's. Scalar.
             step: Steps taken before this one. [1], int64; of a ``HostMeter`` also a number.
-            bad_label: Scalar: a label outside the classes, as its absolute value, or -1. None: labels are known to be right.
+            noted: Of the labels, by ``note_labels``. [3]. None: labels are known to be right.
         """
         raise NotImplementedError
 
@@ -111,7 +109,7 @@ class PendingMeasure:
         return self._values.ready()
 
     def get(self) -> Measured:
-        last, total, correct, bad_step, bad_loss, bad_label, gate_sum, alive, finite = (
+        last, total, correct, bad_step, bad_loss, *noted, gate_sum, alive, finite = (
             self._values.get().tolist()
         )
         return Measured(
@@ -120,7 +118,7 @@ class PendingMeasure:
             int(correct),
             int(bad_step),
             bad_loss,
-            int(bad_label),
+            tuple(noted),
             gate_sum,
             int(alive),
             bool(finite),
@@ -139,22 +137,26 @@ class DeviceMeter(Meter):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         # float64 holds every step and label below 2^53, and one tensor is one copy.
-        self._values = torch.tensor([0.0, 0.0, 0.0, -1.0, 0.0, -1.0], dtype=torch.float64).to(
-            device
-        )
+        self._values = torch.tensor(
+            [0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64
+        ).to(device)
         self._last, self._sum, self._correct = (self._values[i] for i in range(3))
-        self._bad_step, self._bad_loss, self._bad_label = (self._values[i] for i in range(3, 6))
+        self._bad_step, self._bad_loss, self._noted = (
+            self._values[3],
+            self._values[4],
+            self._values[5:],
+        )
 
     @torch.no_grad()
-    def add(self, loss: Tensor, correct: Tensor, step: Tensor, bad_label: Tensor | None) -> None:
+    def add(self, loss: Tensor, correct: Tensor, step: Tensor, noted: Tensor | None) -> None:
         self._last.copy_(loss)
         self._sum.add_(self._last)
         self._correct.add_(correct)
         first_bad = torch.isfinite(self._last).logical_not_().logical_and_(self._bad_step < 0)
         self._bad_loss.copy_(torch.where(first_bad, self._last, self._bad_loss))
         self._bad_step.copy_(torch.where(first_bad, step.squeeze(0) + 1, self._bad_step))
-        if bad_label is not None:
-            self._bad_label.copy_(torch.maximum(self._bad_label, bad_label))
+        if noted is not None:
+            self._noted.copy_(torch.maximum(self._noted, noted))
 
     @torch.no_grad()
     def take(self, gates: Tensor) -> PendingMeasure:
@@ -175,9 +177,7 @@ class HostMeter(Meter):
         self.correct = 0
         self.bad_step, self.bad_loss = -1, 0.0
 
-    def add(
-        self, loss: Tensor, correct: Tensor, step: Tensor | int, bad_label: Tensor | None
-    ) -> None:
+    def add(self, loss: Tensor, correct: Tensor, step: Tensor | int, noted: Tensor | None) -> None:
         self.last_loss = float(loss)
         self._sum += self.last_loss
         self.correct += int(correct)
@@ -186,7 +186,17 @@ class HostMeter(Meter):
 
     def take(self, gates: Tensor) -> PendingMeasure:
         state = [float(gates.sum()), int(torch.count_nonzero(gates)), bool(gates.isfinite().all())]
-        values = [self.last_loss, self._sum, self.correct, self.bad_step, self.bad_loss, -1, *state]
+        values = [
+            self.last_loss,
+            self._sum,
+            self.correct,
+            self.bad_step,
+            self.bad_loss,
+            0,
+            0,
+            0,
+            *state,
+        ]
         reading = Reading(torch.tensor(values, dtype=torch.float64))
         pending = PendingMeasure(reading, self.images, self.steps)
         self._sum, self.correct, self.images, self.steps = 0.0, 0, 0, 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import init
 
 from .._ambient import random_numbers, turn
+from ..errors import ConfigError
 
 _METHODS = (
     "reset_parameters",
@@ -59,6 +61,12 @@ def draw(model: nn.Module, seed: int | None, function: str = "slim") -> list[str
     Raises:
         BusyError: Beside a search or a training of another thread, from whose random numbers some would be drawn.
     """
+    if seed is not None:
+        whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+        if not whole or not 0 <= seed < 2**64:
+            raise ConfigError(
+                f"slim: seed must be None or a whole number from 0 to 2**64 - 1, got {'one outside' if whole else repr(seed)[:40]}"
+            )
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
     devices = {parameter.device for parameter in model.parameters()}
     with turn(function), random_numbers(seed, devices), torch.no_grad():

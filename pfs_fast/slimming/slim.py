@@ -59,7 +59,13 @@ def slim(
         BusyError: Fresh weights while another thread of the process is in a search or a training.
     """
     require_plain("slim", model)
-    if weights not in ("fresh", "inherit"):
+    if not isinstance(structure, Structure):
+        raise StructureError(
+            f"slim: structure must be a Structure, got {type(structure).__name__}; pass result.structure, or Structure.from_json(text)"
+        )
+    if not isinstance(verify, bool):
+        raise ConfigError(f"slim: verify must be True or False, got {verify!r}")
+    if not isinstance(weights, str) or weights not in ("fresh", "inherit"):
         raise ConfigError(
             f"slim: weights must be 'fresh' or 'inherit', got {weights!r}; use one of them"
         )
@@ -74,10 +80,26 @@ def slim(
     plan = _plan(model, structure)
     narrow = _copy_to_narrow(model, plan)
     narrow_layers("slim", narrow, plan)
+    _check_params(model, narrow, structure)
     if weights == "fresh":
         initialise(narrow, seed=seed)
     narrow.pfs_structure = structure.to_json()
     return narrow
+
+
+def _check_params(model: nn.Module, narrow: nn.Module, structure: Structure) -> None:
+    """As many parameters must have gone as the structure says: layers that do not fit each other give another number.
+
+    A structure without groups, made by hand, says nothing of its cost.
+    """
+    if not structure.kept:
+        return
+    whole, left = (sum(p.numel() for p in m.parameters()) for m in (model, narrow))
+    if whole - left != structure.base_params - structure.params:
+        raise StructureError(
+            f"slim: structure must remove {structure.base_params - structure.params:,} parameters from the model, as it says, "
+            f"got {whole - left:,}; the structure was changed by hand or damaged, cut it from the search again"
+        )
 
 
 def narrow_to(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
 from .._ambient import own_settings, random_numbers, reseed, turn
@@ -40,6 +41,8 @@ class VerifyReport:
         layer_error: Relative error of that layer's outputs, 0 if none differs.
         layers_compared: Number of layers whose outputs were compared.
         trials: Number of trials.
+        weights: ``"inherited"``: the slim network's weights are the model's kept ones, and were compared as they are.
+            ``"copied"``: they are others, and a copy of the slim network was given the model's kept ones.
     """
 
     passed: bool
@@ -49,6 +52,7 @@ class VerifyReport:
     layer_error: float
     layers_compared: int
     trials: int
+    weights: Literal["inherited", "copied"] = "inherited"
 
     def __str__(self) -> str:
         verdict = "equal" if self.passed else "NOT equal"
@@ -59,7 +63,7 @@ class VerifyReport:
         )
         return (
             f"masked and slim networks are {verdict}: max relative error {self.max_error:.1e} (rtol {self.rtol:.0e}) over "
-            f"{self.trials} trials, {self.layers_compared} layers compared{where}"
+            f"{self.trials} trials, {self.layers_compared} layers compared, weights {self.weights}{where}"
         )
 
 
@@ -75,18 +79,20 @@ def verify(
     rtol: float = 1e-9,
     seed: int = 0,
     raise_on_fail: bool = True,
+    weights: Literal["auto", "inherit", "fresh"] = "auto",
 ) -> VerifyReport:
     """Prove in float64 that slimming a model by a structure equals masking the dropped channels.
 
     In a copy of the model every dropped output channel of every layer of ``structure.layers`` is set to 0; the slim network
-    with inherited weights must give the same outputs, layer by layer and at the end. Both run in eval mode on random inputs
-    of the shape of ``example_input``. Batch norms first get random affine parameters and statistics, the same in both
-    networks, since freshly initialised ones would hide a wrong channel.
+    with the model's kept weights must give the same outputs, layer by layer and at the end. Both run in eval mode on random
+    inputs of the shape of ``example_input``, each on its own copy. Batch norms first get random affine parameters and
+    statistics, the same in both networks, since freshly initialised ones would hide a wrong channel. Where a forward casts to
+    another floating dtype, it casts to float64 here.
 
     Args:
         model: The whole network; never modified.
-        slim_model: A slim network with weights inherited from ``model`` to check (its batch norms are overwritten in a
-            copy); None: one is made by ``slim``.
+        slim_model: A slim network to check; never modified. Norms are overwritten in a copy, and so is everything where
+            its weights are not those of ``model`` (see ``weights``). None: one is made by ``slim``.
         structure: Kept channels of the model.
         example_input: A batch of inputs, or a tuple of positional arguments. Float tensors give only their shape; take
             several images where feature maps are tiny, so that every channel is above 0 somewhere. Default: eight images
@@ -95,6 +101,9 @@ def verify(
         rtol: Largest error allowed, relative to the largest value of a layer's output.
         seed: Seed of the inputs and the batch-norm states; the global random state is left alone.
         raise_on_fail: Raise instead of returning a report with ``passed=False``.
+        weights: Of ``slim_model``, as in `slim`. ``"inherit"``: they must be the model's kept ones; wrong ones are found.
+            ``"fresh"``: new or trained ones; what is proved is that the slim network with the model's kept weights equals the
+            masked one. ``"auto"``: ``"inherit"`` if most of their values occur in the model's layer of the same name.
 
     Returns:
         VerifyReport: Largest error and the first layer that differs.
@@ -103,8 +112,18 @@ def verify(
         StructureError: If the networks differ, or the proof would be void (outputs all 0 or not finite).
         ModelError: For a wrapped or compiled model, or an input that the model rejects.
         BusyError: Another thread of the process is in a search or a training.
+        ConfigError: For another value of ``weights`` or ``trials``, or no input to take.
     """
     require_plain("verify", model)
+    if weights not in ("auto", "inherit", "fresh"):
+        raise ConfigError(
+            f"verify: weights must be 'auto', 'inherit' or 'fresh', got {weights!r}; use one of them"
+        )
+    if slim_model is not None:
+        require_plain("verify", slim_model)
+        if weights == "auto":
+            weights = "inherit" if _is_inherited(model, slim_model) else "fresh"
+    copied = slim_model is not None and weights == "fresh"
     example_input = _example(example_input, slim_model, model)
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise ConfigError(f"verify: trials must be a whole number of at least 1, got {trials!r}")
@@ -115,13 +134,15 @@ def verify(
             reseed(seed + trial, devices)
             dense = copy.deepcopy(model).double().eval()
             inputs = _random_inputs(example_input, next(dense.parameters()).device)
+            kept = slim(dense, structure, weights="inherit") if copied else None
             _shake_scales(dense, structure)
             _shake(dense, inputs)
             if slim_model is None:
                 narrow = slim(dense, structure, weights="inherit")
             else:
-                require_plain("verify", slim_model)
                 narrow = copy.deepcopy(slim_model).double().eval()
+                if kept is not None:
+                    _copy_state(kept, narrow)
                 _copy_norms(dense, narrow, structure)
                 _copy_scales(dense, narrow, structure)
             _zero_dropped(dense, structure)
@@ -138,12 +159,66 @@ def verify(
             if layer is None and where is not None:
                 layer, layer_error = where, where_error
     passed = worst <= rtol and layer is None
-    report = VerifyReport(passed, worst, rtol, layer, layer_error, compared, trials)
+    origin = "copied" if copied else "inherited"
+    report = VerifyReport(passed, worst, rtol, layer, layer_error, compared, trials, origin)
     if raise_on_fail and not passed:
         raise StructureError(
             f"verify: slim network must equal the masked network, got: {report}; the structure or the cut is wrong"
         )
     return report
+
+
+class _InFloat64(TorchFunctionMode):
+    """Casts to floating dtypes, and what is made in one, are float64: a forward that casts would round, or mix dtypes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _FLOATING_CASTS:
+            func = torch.Tensor.double
+        args = tuple(_widened(value) for value in args)
+        result = func(*args, **{key: _widened(value) for key, value in (kwargs or {}).items()})
+        narrow = isinstance(result, torch.Tensor) and result.dtype in _NARROW
+        return result.double() if narrow else result
+
+
+_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_FLOATING_CASTS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
+_NARROW_TYPES = tuple(f"{name}Tensor" for name in ("Float", "Half", "BFloat16"))
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in _NARROW else value
+    if isinstance(value, (str, type)) and str(value).rstrip("'>").endswith(_NARROW_TYPES):
+        return torch.float64  # x.type("torch.FloatTensor")
+    return value
+
+
+def _is_inherited(model: nn.Module, slim_model: nn.Module) -> bool:
+    """Whether most weights of a slim network are weights of the model's layer, in whatever place."""
+    sources, found, total = dict(model.named_parameters()), 0, 0
+    for name, weight in slim_model.named_parameters():
+        if name not in sources or weight.dim() < 2:
+            continue
+        source = sources[name].detach()
+        there = torch.isin(weight.detach().to(source), source)
+        found, total = found + int(there.sum()), total + there.numel()
+    return 2 * found > total
+
+
+def _copy_state(source: nn.Module, target: nn.Module) -> None:
+    """Gives a slim network the state of another one of the same structure."""
+    states = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (source, target)]
+    for name in states[0].keys() | states[1].keys():
+        shapes = [list(state[name].shape) if name in state else None for state in states]
+        if shapes[0] != shapes[1]:
+            raise StructureError(
+                f"verify: {name} must have the shape {shapes[0]} in slim_model, got {shapes[1]}; pass the slim network of this "
+                "structure"
+            )
+    for name, tensor in states[1].items():
+        tensor.copy_(states[0][name])
 
 
 def _example(
@@ -202,7 +277,8 @@ def _shake(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(m, tracked)
     ]
     try:
-        model(*inputs)
+        with _InFloat64():
+            model(*_copies(inputs))
     except (
         Exception
     ) as error:  # any code of the model may have failed; its own message is the useful one
@@ -316,7 +392,8 @@ def _run(
     # The same random numbers in both networks, should a forward draw any.
     reseed(seed, {t.device for t in [*model.parameters(), *model.buffers()]})
     try:
-        result = model(*inputs)
+        with _InFloat64():
+            result = model(*_copies(inputs))
     except Exception as error:
         raise StructureError(
             f"verify: the slim network must run, got {type(error).__name__}: {error}; the structure or the cut is wrong"
@@ -327,12 +404,17 @@ def _run(
     return list(_tensors(result)), outputs
 
 
+def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs that a forward may write to."""
+    return tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in inputs)
+
+
 def _channel_dim(module: nn.Module) -> int:
     return -1 if isinstance(module, nn.Linear) else 1
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors of nested lists, tuples and dictionaries."""
+    """All tensors of nested lists, tuples, dictionaries and dataclasses."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -341,6 +423,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))
 
 
 def _compare(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import importlib.util
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._ambient import own_settings, turn
-from .._modules import require_plain
+from .._modules import copied, require_plain
+from .._tensors import require_dense
 from ..errors import BackendError, ConfigError, ModelError
 from .files import atomic_write
 
@@ -81,13 +83,16 @@ def export(
         FileWriteError: The file cannot be written.
         BusyError: Another thread of the process is in a search or a training.
     """
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix if isinstance(path, str | os.PathLike) else None
     if suffix not in (".pt2", ".onnx"):
-        raise ConfigError(f"export: path must end in .pt2 or .onnx, got '{path}'")
+        raise ConfigError(
+            f"export: path must end in .pt2 or .onnx, got {path!r}; write e.g. 'model.pt2'"
+        )
     if suffix == ".onnx":
         _require("onnx", "onnxscript")
     require_plain("export", model)
-    plain = copy.deepcopy(model).eval().cpu().requires_grad_(False)
+    plain = copied("export", model).eval().cpu().requires_grad_(False)
+    _return_plain(plain)
     image = _example(plain, example_input)
     example = image.expand(_TRACED_BATCH, *image.shape[1:]).contiguous()
     reports: list[ExportReport] = []
@@ -95,7 +100,10 @@ def export(
     def write(temporary: Path) -> None:
         program = _trace(plain, example)
         if suffix == ".pt2":
-            torch.export.save(program, temporary)
+            # Into memory first: PyTorch's own writer ends the process where the disk is full.
+            content = io.BytesIO()
+            torch.export.save(program, content)
+            temporary.write_bytes(content.getbuffer())
             runtime, open_runner = "torch.export", _pt2_runner
         else:
             _write_onnx(program, temporary)
@@ -112,6 +120,26 @@ def export(
     return reports[0]
 
 
+def _return_plain(model: nn.Module) -> None:
+    """Make named tuples of outputs tuples, and dataclasses dictionaries: a file knows no classes of the model's code."""
+    run = model.forward
+
+    @functools.wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return plain(run(*args, **kwargs))
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, dict):
+            value = {f.name: getattr(value, f.name) for f in fields(value)}
+        if hasattr(value, "_fields"):
+            value = tuple(value)
+        if type(value) in (tuple, list):
+            return type(value)(map(plain, value))
+        return {k: plain(v) for k, v in value.items()} if type(value) is dict else value
+
+    model.forward = forward
+
+
 def _example(model: nn.Module, example_input: Tensor | None) -> Tensor:
     """One image [1, C, ...]."""
     if example_input is None:
@@ -123,6 +151,8 @@ def _example(model: nn.Module, example_input: Tensor | None) -> Tensor:
             )
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return torch.zeros(1, *shape, dtype=dtype)
+    if isinstance(example_input, Tensor):
+        require_dense(ConfigError, "export: example_input", example_input)
     if not isinstance(example_input, Tensor) or example_input.dim() < 2 or not len(example_input):
         got = (
             list(example_input.shape)

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._ambient import own_settings
+from .._json import parse_json
 from .._modules import require_plain
-from ..errors import FileFormatError, ModelError, StructureError
+from ..errors import ConfigError, FileFormatError, ModelError, StructureError
 from ..graph.scales import find_scales
 from ..slimming.slim import kind_in_file, narrow_to, widths_of
 from .exporters import ExportReport, export
@@ -57,6 +58,7 @@ def save(
         metadata: Whatever JSON can hold, stored beside the model (`read_metadata` returns it under "user").
 
     Raises:
+        ConfigError: ``metadata`` that JSON cannot hold.
         ModelError: A wrapper, or a state that is no tensor or holds no data.
         FileWriteError: The file cannot be written.
     """
@@ -82,8 +84,19 @@ def save(
     if shape is not None:
         document["input_shape"] = list(shape)
     if metadata is not None:
-        document["user"] = dict(metadata)
+        document["user"] = _json_metadata(metadata)
     write_safetensors(path, tensors, document, caller="save")
+
+
+def _json_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"save: metadata must be a mapping that JSON can hold, got {type(error).__name__}: {error}; use texts, finite numbers, "
+            "lists and dictionaries"
+        ) from error
+    return dict(metadata)
 
 
 @own_settings()
@@ -104,11 +117,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     require_plain("load", model)
     tensors, document = read_safetensors(path, MODEL_FORMAT, MODEL_VERSION, caller="load")
-    layers = document.get("layers")
-    if not isinstance(layers, dict) or not isinstance(document.get("class"), str):
-        raise FileFormatError(
-            f"load: path must name the model's class and layers, got '{path}' without; save the model again"
-        )
+    check_document(path, document, "load")
+    layers = document["layers"]
     _check_same_model(path, document, model)
     try:
         result = narrow_to(model, layers)
@@ -122,6 +132,29 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     if "input_shape" in document:
         result.pfs_input_shape = tuple(document["input_shape"])
     return result
+
+
+def check_document(path: str | os.PathLike[str], document: Mapping[str, Any], caller: str) -> None:
+    """What `save` writes beside the tensors must have the form that it has.
+
+    Raises:
+        FileFormatError: Something is missing or of another type.
+    """
+    layers, shape = document.get("layers"), document.get("input_shape", [])
+    if not isinstance(layers, dict) or not isinstance(document.get("class"), str):
+        raise FileFormatError(
+            f"{caller}: path must name the model's class and layers, got '{path}' without; save the model again"
+        )
+    wrong = [f"'{name}' has no valid widths" for name, la in layers.items() if not _is_layer(la)]
+    if not isinstance(document.get("structure", ""), str):
+        wrong.append("its structure is no text")
+    if not isinstance(shape, list) or not all(_is_width(size) for size in shape):
+        wrong.append("its input_shape is no list of sizes")
+    if wrong:
+        raise FileFormatError(
+            f"{caller}: path must describe a model, got '{path}', in which {'; '.join(wrong[:_SHOWN_DIFFERENCES])}; "
+            "save the model again"
+        )
 
 
 def layer_widths(model: nn.Module, scales: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
@@ -144,7 +177,7 @@ def layer_widths(model: nn.Module, scales: Iterable[str] = ()) -> dict[str, dict
 def _names_in(structure: str | None) -> tuple[str, ...]:
     """Names in the JSON of a structure; none where it is another text."""
     try:
-        document = None if structure is None else json.loads(structure)
+        document = None if structure is None else parse_json(structure)
     except ValueError:
         document = None
     widths = document.get("widths") if isinstance(document, dict) else None
@@ -178,9 +211,7 @@ def _differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
         dense = given.get(name)
         if dense is None:
             continue
-        if not _is_layer(layer):
-            found.append(f"'{name}' has no valid widths in the file")
-        elif layer["kind"] != dense["kind"]:
+        if layer["kind"] != dense["kind"]:
             found.append(
                 f"'{name}' is a {layer['kind']} in the file and a {dense['kind']} in the model"
             )
@@ -197,16 +228,26 @@ def _is_layer(layer: Any) -> bool:
     return (
         isinstance(layer, dict)
         and isinstance(layer.get("kind"), str)
-        and all(isinstance(layer.get(key), int) and layer[key] >= 1 for key in ("in", "out"))
-        and isinstance(layer.get("groups"), int)
+        and all(_is_width(layer.get(key)) for key in ("in", "out", "groups"))
     )
+
+
+def _is_width(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**63
 
 
 def _fill(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Loads the state strictly. The file's dtype wins: a model saved in bfloat16 comes back in bfloat16."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in tensors and tensor.dtype != tensors[name].dtype:
-            tensor.data = tensor.data.to(tensors[name].dtype)
+        if name not in tensors or tensor.dtype == tensors[name].dtype:
+            continue
+        floating = tensor.is_floating_point() and tensors[name].is_floating_point()
+        if not floating and not (tensor.is_complex() and tensors[name].is_complex()):
+            raise FileFormatError(
+                f"load: model must have the parameters and buffers of '{path}', got a model that differs: '{name}' is "
+                f"{tensors[name].dtype} in the file and {tensor.dtype} in the model"
+            )
+        tensor.data = tensor.data.to(tensors[name].dtype)
     try:
         model.load_state_dict(dict(tensors), strict=True)
     except RuntimeError as error:

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import numbers
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._ambient import callers_settings
+from .._tensors import require_dense
 from ..errors import LoaderError, ModelError
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+_ONE_LABEL = "give each image one label; labels of pixels, boxes or sequences are not supported"
+_BATCHES = (
+    "yield batches of images [N, C, H, W] and labels [N], as a DataLoader with a batch_size does"
+)
+
 
 def check_reiterable(loader: Any, epochs: int, caller: str, name: str = "loader") -> None:
     """Refuses what cannot be iterated, and a generator where more than one pass is needed."""
-    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+    if isinstance(loader, type) or not (
+        hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    ):
         raise LoaderError(
-            f"{caller}: {name} must be an iterable of (images, labels), got {type(loader).__name__}"
+            f"{caller}: {name} must be an iterable of (images, labels), got {type(loader).__name__}; "
+            "pass a list, a DataLoader or a DeviceLoader"
         )
     if isinstance(loader, types.GeneratorType) and epochs > 1:
         raise LoaderError(
             f"{caller}: {name} must be re-iterable for {epochs} passes, got a generator, which is used up after one; "
             "pass a list, a DataLoader or a DeviceLoader"
         )
+
+
+def num_batches(loader: Any) -> int | None:
+    """Batches of one pass; None where nobody knows, as of a DataLoader over an iterable data set."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def checked_batches(
@@ -63,8 +81,8 @@ def checked_batches(
             "up?); pass a list, a DataLoader or a DeviceLoader"
         )
     raise LoaderError(
-        f"{caller}: {name} must yield at least one batch, got none; is drop_last set with fewer images than one batch, or "
-        "was the iterator used before?"
+        f"{caller}: {name} must yield at least one batch, got none; pass a list, a DataLoader or a DeviceLoader that was not "
+        "used up before, and set drop_last only where the images fill a batch"
     )
 
 
@@ -77,14 +95,17 @@ def _checked(batch: Any, caller: str, name: str) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
         raise LoaderError(
-            f"{caller}: {name} must yield pairs (images, labels), got {type(batch).__name__}{size}"
+            f"{caller}: {name} must yield pairs (images, labels), got {type(batch).__name__}{size}; return just these two from "
+            "the collate_fn of a DataLoader, or from a class around it with an __iter__ of its own"
         )
     images, labels = batch
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise LoaderError(
             f"{caller}: {name} must yield tensors, got {type(images).__name__} and {type(labels).__name__}; "
-            "convert with torch.as_tensor"
+            f"{_tensor_repair(images, labels)}"
         )
+    require_dense(LoaderError, f"{caller}: images", images)
+    require_dense(LoaderError, f"{caller}: labels", labels)
     if not images.is_floating_point():
         raise LoaderError(
             f"{caller}: images must be floating point, got {images.dtype}; convert and normalise them, or hand the raw "
@@ -92,40 +113,131 @@ def _checked(batch: Any, caller: str, name: str) -> tuple[Tensor, Tensor]:
         )
     if images.dim() < 2 or images.size(0) == 0:
         raise LoaderError(
-            f"{caller}: images must have shape [N, C, ...] with N >= 1, got {list(images.shape)}"
+            f"{caller}: images must have shape [N, C, ...] with N >= 1, got {list(images.shape)}; {_BATCHES}, and leave out "
+            "empty ones"
         )
     soft = labels.is_floating_point() and labels.dim() == 2
     if not soft and (labels.dim() != 1 or labels.dtype not in _INTEGERS):
         raise LoaderError(
-            f"{caller}: labels must be integers of shape [N], got {labels.dtype} of shape {list(labels.shape)}; "
-            "use labels.long().flatten()"
+            f"{caller}: labels must be integers of shape [N], or probabilities of shape [N, classes], got {labels.dtype} of "
+            f"shape {list(labels.shape)}; {_label_repair(labels, len(images))}"
         )
     if len(labels) != len(images):
         raise LoaderError(
-            f"{caller}: labels must be as many as images, got {len(labels)} labels for {len(images)} images"
+            f"{caller}: labels must be as many as images, got {len(labels)} labels for {len(images)} images; {_ONE_LABEL}"
         )
     return images, labels if soft else labels.long()
 
 
+def _tensor_repair(images: Any, labels: Any) -> str:
+    """How a pair that holds something else than tensors becomes one that is taken."""
+    if isinstance(labels, numbers.Number):  # an item of a data set
+        return f"{_BATCHES}, over images that a transform has made tensors"
+    if isinstance(images, list | tuple | Mapping):
+        return (
+            "stack images of equal size into one tensor; a network of several inputs takes them joined along the channels, "
+            "and splits them in its forward"
+        )
+    if isinstance(labels, Mapping) or (
+        isinstance(labels, list | tuple)
+        and not all(isinstance(label, numbers.Number) for label in labels)
+    ):
+        return _ONE_LABEL
+    return "convert with torch.as_tensor"
+
+
+def _label_repair(labels: Tensor, num_images: int) -> str:
+    """How labels of a wrong dtype or shape become ones that are taken."""
+    if labels.dim() == 0:
+        return _BATCHES
+    if labels.numel() == num_images:
+        return "use labels.flatten().long() where they are class indices; other targets, as of regression, are not supported"
+    if labels.dim() == 2 and len(labels) == num_images:
+        return "use labels.long().argmax(1) where they are one-hot; several labels for an image are not supported"
+    return _ONE_LABEL
+
+
 def check_labels(labels: Tensor, num_classes: int, caller: str) -> None:
-    """Refuses labels outside ``[0, num_classes)``. Reads the labels: for labels on the CPU only."""
+    """Refuses labels outside ``[0, num_classes)``, and rows that are no probabilities. Reads them: for labels on the CPU."""
     if labels.is_floating_point():
-        if labels.size(1) != num_classes:
-            raise LoaderError(
-                f"{caller}: labels must have one column per class ({num_classes}), got {labels.size(1)}"
-            )
+        _check_columns(labels, num_classes, caller)
+        check_noted((0, 0, float(_row_error(labels))), num_classes, caller)
         return
     low, high = (int(value) for value in torch.aminmax(labels))
-    if low < 0 or high >= num_classes:
-        raise LoaderError(label_message(caller, num_classes, low if low < 0 else high))
+    check_noted((-low, high, 0), num_classes, caller)
 
 
-def label_message(caller: str, num_classes: int, label: int) -> str:
-    """The one text for a label outside the classes, wherever it is found."""
-    return (
-        f"{caller}: labels must be in [0, {num_classes - 1}], the model's outputs, got {label}; "
-        "number the classes from 0, or build the model with more classes"
+def note_labels(labels: Tensor, num_classes: int, caller: str) -> tuple[Tensor, Tensor]:
+    """Labels on a device that are safe to use, and what `check_noted` will need, without reading either.
+
+    A loss kernel that meets a label out of range would stop the whole process's use of the device.
+
+    Returns:
+        Integers [N] clamped to the classes, or probabilities [N, classes] as they are; and [3]: the largest ``-label``, the
+        largest label, and how far a row is from probabilities. Joined over batches by ``torch.maximum``, from zeros on.
+
+    Raises:
+        LoaderError: Another number of columns than classes.
+    """
+    zero = labels.new_zeros(())
+    if labels.is_floating_point():
+        _check_columns(labels, num_classes, caller)
+        return labels, torch.stack([zero.float(), zero.float(), _row_error(labels)])
+    low, high = torch.aminmax(labels)
+    return labels.clamp(0, num_classes - 1), torch.stack([-low, high, zero])
+
+
+def check_noted(noted: Sequence[float], num_classes: int, caller: str) -> None:
+    """Raises for what `note_labels` noted, or `check_labels` read.
+
+    Raises:
+        LoaderError: A label outside the classes, or a row that is no probabilities (NaN included).
+    """
+    lowest, highest, row_error = -noted[0], noted[1], noted[2]
+    if lowest < 0 or highest >= num_classes:
+        label = int(lowest if lowest < 0 else highest)
+        repair = (
+            "number the classes from 0, and leave out images without a class"
+            if label < 0
+            else f"number the classes from 0, or build the model with {label + 1} outputs or more"
+        )
+        raise LoaderError(
+            f"{caller}: labels must be in [0, {num_classes - 1}], the model's outputs, got {label}; {repair}"
+        )
+    if row_error != 0:
+        repair = (
+            "pass one class for each image, as labels.argmax(1); a loss for several classes (multi-hot labels) is not supported"
+            if num_classes > 1
+            else "build the model with an output for each class, and use labels.flatten().long()"
+        )
+        raise LoaderError(
+            f"{caller}: labels [N, classes] must be probabilities, at least 0 and with a sum of 1 in each row, got a row that "
+            f"misses this by {row_error:.3g}; {repair}"
+        )
+
+
+def _check_columns(labels: Tensor, num_classes: int, caller: str) -> None:
+    columns = labels.size(1)
+    if columns == num_classes:
+        return
+    if columns == 1:
+        repair = _label_repair(labels, len(labels))
+    else:
+        repair = f"build the model with {columns} outputs"
+        if float(_row_error(labels)) != 0:
+            repair += ", and pass one class for each image, as labels.argmax(1)"
+    raise LoaderError(
+        f"{caller}: labels must have one column per class ({num_classes}), got {columns}; {repair}"
     )
+
+
+def _row_error(labels: Tensor) -> Tensor:
+    """How far the worst row of [N, classes] is from probabilities; 0 within rounding. Scalar, float32."""
+    # Rounded entries of one sign miss the sum by less than eps; a mix of two such rows by little more.
+    allowed = max(1e-3, 4 * torch.finfo(labels.dtype).eps)
+    rows = labels.detach().float()
+    error = torch.maximum((rows.sum(1) - 1).abs().max(), -rows.min())
+    return torch.where(error <= allowed, 0.0, error)  # NaN stays
 
 
 def split_outputs(outputs: Any, num_images: int, caller: str) -> tuple[Tensor, list[Tensor]]:
@@ -154,50 +266,54 @@ def split_outputs(outputs: Any, num_images: int, caller: str) -> tuple[Tensor, l
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != num_images:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
-            f"{caller}: model must return logits of shape [{num_images}, classes], got {got}; flatten them, or return them as "
-            "the first output"
+            f"{caller}: model must return logits of shape [{num_images}, classes], got {got}; return them as the first output, "
+            "with outputs.flatten(1) of [N, classes, 1, 1], or outputs.mean((2, 3)) of maps"
         )
     return logits, auxiliary
+
+
+def require_gradient(logits: Tensor, caller: str) -> None:
+    """Refuses logits that no backward pass can start from."""
+    if not logits.requires_grad:
+        raise ModelError(
+            f"{caller}: model must return outputs that carry a gradient, got logits without; take detach(), torch.no_grad() "
+            "and requires_grad_(False) out of its forward"
+        )
 
 
 class LabelWatch:
     """Checks labels against the number of classes without waiting for the device.
 
-    Labels on the CPU are checked at once. Of labels on a device the smallest and largest are kept there until `read`, and the
-    labels are clamped: a loss kernel that meets a label out of range would stop the whole process's use of the device.
+    Labels on the CPU are checked at once. What is wrong with labels on a device is noted there until `read`.
 
     Args:
         device: Where the labels will be used.
         caller: Name of the public function for the error message.
-        enabled: False skips labels on a device, such as those that an earlier epoch has shown to be right.
+        enabled: False skips integers on a device, such as those that an earlier epoch has shown to be right.
     """
 
     def __init__(self, device: torch.device, caller: str, enabled: bool = True) -> None:
         self.caller = caller
         self._device = device
         self._enabled = enabled
-        self._range: Tensor | None = None  # [2]: largest of (-label, label)
+        self._noted: Tensor | None = None
         self._num_classes = 0
 
     def checked(self, labels: Tensor, num_classes: int) -> Tensor:
         """Returns labels that are safe to use."""
         self._num_classes = num_classes
-        if labels.device.type == "cpu" or labels.is_floating_point():
+        if labels.device.type == "cpu":
             check_labels(labels, num_classes, self.caller)
             return labels
-        if not self._enabled:
+        if not self._enabled and not labels.is_floating_point():
             return labels
-        low, high = torch.aminmax(labels)
-        present = torch.stack([-low, high])
-        self._range = present if self._range is None else torch.maximum(self._range, present)
-        return labels.clamp(0, num_classes - 1)
+        safe, noted = note_labels(labels, num_classes, self.caller)
+        self._noted = noted if self._noted is None else torch.maximum(self._noted, noted)
+        return safe
 
     def read(self) -> None:
-        """Waits for the device and raises if a label was out of range."""
-        if self._range is None:
+        """Waits for the device and raises if a label was wrong."""
+        if self._noted is None:
             return
-        low, high = self._range.tolist()
-        self._range = None
-        if -low < 0 or high >= self._num_classes:
-            label = -low if -low < 0 else high
-            raise LoaderError(label_message(self.caller, self._num_classes, label))
+        noted, self._noted = self._noted.tolist(), None
+        check_noted(noted, self._num_classes, self.caller)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._ambient import own_settings
-from ..errors import ConfigError, LoaderError, ModelError, PfsError
+from .._cuda_settings import cuda_settings
+from .._modules import require_module
+from ..errors import ConfigError, LoaderError, ModelError, NonFiniteLossError, PfsError
 from .batches import LabelWatch, Loader, check_reiterable, checked_batches, split_outputs
+from .bf16_convs import SoundConvs, may_run_bf16
 from .onednn import in_layout
-from .recipes import AMP_MODES, autocast_dtype
+from .recipes import AMP_MODES, autocast_dtype, float32_products
 
 
 @dataclass(frozen=True)
@@ -52,18 +58,21 @@ def evaluate(
     Raises:
         LoaderError: An empty loader, or batches of a wrong form, dtype or label range.
         ModelError: Parameters on several devices, or outputs that are no logits.
+        NonFiniteLossError: The loss is NaN or infinite.
     """
-    if amp not in AMP_MODES:
+    require_module("evaluate", unwrap(model))
+    if not isinstance(amp, str) or amp not in AMP_MODES:
         raise ConfigError(f"evaluate: amp must be one of {', '.join(AMP_MODES)}, got {amp!r}")
     check_reiterable(loader, 1, "evaluate")
     plain = unwrap(model)
     device = device_of(plain, device, "evaluate")
     plain.to(device)
-    forward = Forward(plain, device, autocast_dtype(amp, device), layout=None)
+    forward = Forward(plain, device, autocast_dtype(amp, device, "evaluate"), layout=None)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return evaluate_with(forward, model, checked_batches(loader, "evaluate"), "evaluate")
+        with cuda_settings(device, float32_products(amp)):
+            return evaluate_with(forward, model, checked_batches(loader, "evaluate"), "evaluate")
     finally:
         for module, training in modes.items():
             module.training = training
@@ -84,24 +93,42 @@ def evaluate_with(
         count += len(images)
     watch.read()
     hits, loss_sum = totals.tolist()
+    if not math.isfinite(loss_sum):
+        raise NonFiniteLossError(
+            f"{caller}: loss of the evaluation must be finite, got {loss_sum} over {count} images; normalise the images, look "
+            "for NaN in them and in the weights, and evaluate with amp='off'"
+        )
     return Accuracy(hits / count, loss_sum / count, count)
 
 
 class Forward:
-    """Moves a batch to the device, runs the model in the chosen precision, and checks what comes back."""
+    """Moves a batch to the device, runs the model in the chosen precision, and checks what comes back.
+
+    A network that fails on the first batch in channels_last and runs in NCHW is run in NCHW from then on, with a warning.
+
+    Args:
+        plain: The model, unwrapped.
+        device: Where it is.
+        autocast: None for none.
+        layout: Of 4-d images; None: as they come.
+        to_nchw: Undoes what a failed forward did to the model, and moves its weights to NCHW; None: weights stay.
+    """
 
     def __init__(
         self,
         plain: nn.Module,
         device: torch.device,
         autocast: torch.dtype | None,
-        layout: torch.memory_format | None,  # of 4-d images; None: as they come
+        layout: torch.memory_format | None,
+        to_nchw: Callable[[], None] | None = None,
     ) -> None:
         floating = (p.dtype for p in plain.parameters() if p.is_floating_point())
         self.device = device
         self.dtype = next(floating, torch.float32)
         self.autocast = autocast
         self.layout = layout
+        self.to_nchw = to_nchw
+        self._sound_convs = SoundConvs(plain, may_run_bf16(plain, device, autocast))
         self.sum_dtype = torch.float32 if device.type == "mps" else torch.float64  # mps lacks fp64
 
     def __call__(
@@ -118,25 +145,75 @@ class Forward:
             images.dtype if halved else self.dtype,
             non_blocking=True,
         )
-        if self.layout is not None and images.dim() == 4:
-            images = in_layout(images, self.layout)
+        images = self._laid_out(images)
+        random = _random_state(self.device) if first else None
         try:
-            with torch.autocast(
-                self.device.type, dtype=self.autocast, enabled=self.autocast is not None
-            ):
-                outputs = model(images)
+            outputs = self._run(model, images, watch.caller)
         except (torch.OutOfMemoryError, PfsError):
             raise
         except (RuntimeError, ValueError) as error:
-            if not first:
+            if random is None:
                 raise
-            raise LoaderError(
-                f"{watch.caller}: images must fit the model, got shape {list(images.shape)}: {error}"
-            ) from error
+            _set_random_state(self.device, random)
+            outputs = self._run_in_nchw(model, images, error, watch.caller)
         logits, auxiliary = split_outputs(outputs, len(images), watch.caller)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         return logits, auxiliary, watch.checked(labels, logits.size(1)).to(self.device)
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return (
+            images if self.layout is None or images.dim() != 4 else in_layout(images, self.layout)
+        )
+
+    def _run(self, model: nn.Module, images: Tensor, caller: str) -> Any:
+        autocast = torch.autocast(
+            self.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        )
+        with autocast, self._sound_convs(caller):
+            return model(images)
+
+    def _run_in_nchw(self, model: nn.Module, images: Tensor, error: Exception, caller: str) -> Any:
+        """The first batch again, for networks that channels_last is wrong for, such as those that flatten with ``view``."""
+        nchw = in_layout(images, torch.contiguous_format) if images.dim() == 4 else images
+        if self.layout != torch.contiguous_format and (
+            self.to_nchw is not None or nchw.stride() != images.stride()
+        ):
+            self.layout = torch.contiguous_format
+            if self.to_nchw is not None:
+                self.to_nchw()
+            try:
+                outputs = self._run(model, nchw, caller)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError):
+                pass  # not the layout's fault: the first error tells more
+            else:
+                reason = str(error).partition("\n")[0]
+                warnings.warn(
+                    f"{caller}: model must run in channels_last, got {type(error).__name__}: {reason}; going on in NCHW, which gives "
+                    "the same up to rounding; flatten with reshape in place of view",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                return outputs
+        raise LoaderError(
+            f"{caller}: images must fit the model, got shape {list(images.shape)}: {error}; resize them, build the model for them, "
+            "take larger batches where batch statistics need them; where a view fails, set channels_last=False and call "
+            "model.to(memory_format=torch.contiguous_format)"
+        ) from error
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Of the CPU's generator, and the device's."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -157,15 +234,33 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def device_of(model: nn.Module, device: torch.device | str | None, caller: str) -> torch.device:
     """Where to run: ``device``, else the one device of the model; CUDA devices with their index."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    on_meta = torch.device("meta") in devices
+    outside = "build all of it outside of torch.device('meta')"
     if device is None:
-        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         if len(devices) > 1:
             names = ", ".join(sorted(map(str, devices)))
-            raise ModelError(
-                f"{caller}: model must be on one device, got {names}; pass device= or call model.to(device)"
-            )
+            repair = outside if on_meta else "pass device= or call model.to(device)"
+            raise ModelError(f"{caller}: model must be on one device, got {names}; {repair}")
         device = next(iter(devices), torch.device("cpu"))
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"{caller}: device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from error
+    if on_meta:
+        raise ModelError(
+            f"{caller}: model must hold values, got tensors on the meta device; {outside}"
+        )
+    if device.type == "meta":
+        raise ModelError(f"{caller}: device must hold values, got meta; choose the CPU or a GPU")
+    if device.type == "cuda":
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not (device.index or 0) < there:
+            raise ConfigError(
+                f"{caller}: device must be there, got '{device}' of {there} CUDA devices; use device='cpu'"
+            )
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
     return device

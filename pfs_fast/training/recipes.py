@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from ..errors import ConfigError
 
 SCHEDULES = ("multistep", "cosine", "constant")
-AMP_MODES = ("off", "bf16", "fp16", "auto")
+AMP_MODES = ("off", "tf32", "bf16", "fp16", "auto")
 
 
 def scratch_b_epochs(epochs: int, share: float) -> int:
@@ -27,10 +29,8 @@ def scratch_b_epochs(epochs: int, share: float) -> int:
         >>> scratch_b_epochs(160, 0.5)
         320
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"scratch_b_epochs: share must be in (0, 1], got {share}")
-    if epochs < 1:
-        raise ConfigError(f"scratch_b_epochs: epochs must be at least 1, got {epochs}")
+    _check_integer("epochs", epochs, 1, "scratch_b_epochs")
+    _check_share("share", share, epochs, "scratch_b_epochs")
     return math.floor(epochs / share + 1e-9)  # 150 / 0.3 shall not lose an epoch to rounding
 
 
@@ -60,7 +60,8 @@ class TrainConfig:
     evaluated, kept and left in the model. It starts faster: ``min(ema, (1 + step) / (10 + step))``."""
     amp: str = "off"
     """Autocast: "off", "bf16", "fp16" (with loss scaling), or "auto": bf16 where the device computes it natively, else
-    fp16 on CUDA and off on the CPU."""
+    fp16 on CUDA and off on the CPU. "tf32": no autocast, and float32 products of ten bits, on CUDA alone; with "off" they
+    are those of float32, whatever PyTorch's settings say."""
     channels_last: bool = True
     """Memory layout of 4-d weights and images; the result is the same up to rounding."""
     budget_training: float | None = None
@@ -85,17 +86,33 @@ class TrainConfig:
         _check_range("weight_decay", self.weight_decay, 0, math.inf)
         _check_range("lr_decay", self.lr_decay, 0, math.inf)
         _check_range("label_smoothing", self.label_smoothing, 0, 1)
+        if not isinstance(self.milestones, tuple | list):
+            raise ConfigError(
+                f"TrainConfig: milestones must be a tuple of shares of the epochs, got {self.milestones!r}; write e.g. (0.5, 0.75)"
+            )
         for share in self.milestones:
             _check_range("milestones", share, 0, 1)
         if self.ema is not None:
             _check_range("ema", self.ema, 0, 1)
+        for name in ("nesterov", "decay_bn_bias", "channels_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    f"TrainConfig: {name} must be True or False, got {getattr(self, name)!r}"
+                )
+        if self.seed is not None:
+            whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+            if not whole or not 0 <= self.seed < 2**64:
+                got = "another number" if whole else repr(self.seed)
+                raise ConfigError(
+                    f"TrainConfig: seed must be None or a whole number from 0 to 2**64 - 1, got {got}"
+                )
         if self.nesterov and self.momentum == 0:
             raise ConfigError("TrainConfig: nesterov must come with a momentum above 0, got 0")
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("amp", self.amp, AMP_MODES)
         _check_choice("restore", self.restore, ("last", "best"))
         if self.budget_training is not None:
-            scratch_b_epochs(self.epochs, self.budget_training)
+            _check_share("budget_training as a share", self.budget_training, self.epochs)
 
     @property
     def total_epochs(self) -> int:
@@ -162,32 +179,52 @@ class TrainConfig:
         return cls(**(recipe | changes))
 
 
-def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype that ``amp`` means on a device, None for no autocast."""
+def autocast_dtype(amp: str, device: torch.device, caller: str = "train") -> torch.dtype | None:
+    """The dtype that ``amp`` means on a device, None for no autocast.
+
+    Raises:
+        ConfigError: ``"tf32"`` on another device than CUDA.
+    """
+    if amp == "tf32" and device.type != "cuda":
+        raise ConfigError(f"{caller}: amp 'tf32' needs a CUDA device, got {device.type}; use 'off'")
     if amp == "auto":
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
             return torch.bfloat16 if native else torch.float16
         native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if native else None
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return {"off": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def float32_products(amp: str) -> str | None:
+    """What ``amp`` means for `cuda_settings`: the caller's own settings where autocast decides."""
+    return {"off": "ieee", "tf32": "tf32"}.get(amp)
+
+
+def _check_integer(name: str, value: Any, least: int, caller: str = "TrainConfig") -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value < 2**63:
+        got = "more than 2**63" if whole and value > least else repr(value)
+        raise ConfigError(f"{caller}: {name} must be an integer of at least {least}, got {got}")
+
+
+def _check_share(name: str, share: Any, epochs: int, caller: str = "TrainConfig") -> None:
+    real = isinstance(share, numbers.Real) and not isinstance(share, bool)
+    if not real or not 0 < share <= 1 or not epochs / share < 2**63:
         raise ConfigError(
-            f"TrainConfig: {name} must be an integer of at least {least}, got {value!r}"
+            f"{caller}: {name} must be in (0, 1] and large enough for 2**63 epochs, got {share!r}"
         )
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high or math.isinf(value):
+    if not number or not low <= value <= min(high, sys.float_info.max):
+        got = "a number beyond float64" if number and value > sys.float_info.max else repr(value)
         raise ConfigError(
-            f"TrainConfig: {name} must be a finite number in [{low}, {high}], got {value!r}"
+            f"TrainConfig: {name} must be a finite number in [{low}, {high}], got {got}"
         )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"TrainConfig: {name} must be one of {', '.join(choices)}, got {value!r}")

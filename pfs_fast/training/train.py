@@ -15,13 +15,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._ambient import alone, callers_settings, random_numbers
-from ..errors import ModelError, NonFiniteLossError
-from .batches import LabelWatch, Loader, check_reiterable, checked_batches
+from .._cuda_settings import cuda_settings
+from .._modules import require_module
+from ..errors import ConfigError, ModelError, NonFiniteLossError
+from .batches import (
+    LabelWatch,
+    Loader,
+    check_reiterable,
+    checked_batches,
+    num_batches,
+    require_gradient,
+)
 from .evaluation import Accuracy, Forward, correct, device_of, evaluate, evaluate_with, unwrap
-from .onednn import ISSUE, in_layout, unsafe_weight_gradients
+from .onednn import ISSUE, unsafe_weight_gradients
 from .progress import Progress
-from .recipes import TrainConfig, autocast_dtype, scratch_b_epochs
-from .weights import Average, Snapshot, all_finite, parameter_groups
+from .recipes import TrainConfig, autocast_dtype, float32_products, scratch_b_epochs
+from .weights import (
+    Average,
+    Placement,
+    Snapshot,
+    finite_buffers,
+    lay_out,
+    not_finite,
+    parameter_groups,
+)
 
 __all__ = ["Accuracy", "TrainConfig", "TrainResult", "evaluate", "scratch_b_epochs", "train"]
 
@@ -71,20 +88,21 @@ def train(
     """Trains a model in place with SGD on cross entropy; by default with the paper's CIFAR recipe.
 
     On any error, and on Ctrl-C, the model is set back to its state after the last complete epoch (at first: as it was given),
-    and the error goes on to the caller.
+    on the device and in the memory layout that it came with, and the error goes on to the caller.
 
     Autocast, gradient and inference mode, default device and default dtype of the caller reach his loaders, but not the training.
     It runs alone in its process, since random numbers are drawn all the time; with a seed the generators are put back at the end.
 
     Args:
-        model: Any classifier; changed in place: weights, statistics, device and (``channels_last``) memory layout. Its mode is
-            kept, and ``model.pfs_input_shape`` is set to the images' (C, H, W), which `export` uses. Outputs: logits
+        model: Any classifier; changed in place: weights, statistics, device and (``channels_last``) memory layout. A network
+            that only runs in NCHW is trained so, with a warning. Its mode is kept, and ``model.pfs_input_shape`` is set to the images' (C, H, W), which `export` uses. Outputs: logits
             [N, classes], or a tuple or mapping with them first; auxiliary logits of GoogLeNet (weight 0.3 each) and Inception
             (0.4) join the loss. Parameters that need no gradient stay as they are.
         loader: Yields (images [N, C, ...] floating point, labels [N] integers or [N, classes] probabilities); is iterated
             once per epoch. Its order and augmentation are its own; ``set_epoch(epoch)`` of the loader or its sampler is
             called where it exists, so that the same seeds give the same run.
-        val_loader: Evaluated after every ``config.eval_every`` epochs. Without it no best state is kept.
+        val_loader: Evaluated after every ``config.eval_every`` epochs; held-out images, since the best state is chosen by them.
+            Without it no best state is kept.
         config: The recipe; None for ``TrainConfig()``.
         device: Where to train; None for where the model is.
         progress: Show a progress bar.
@@ -94,8 +112,9 @@ def train(
 
     Raises:
         LoaderError: An empty loader, one that can be read once only, or batches of a wrong form, dtype or label range.
+        ConfigError: ``restore="best"`` without a ``val_loader``.
         NonFiniteLossError: The loss became NaN or infinite. Checked at each step on the CPU; elsewhere every 50 steps, since
-            reading the loss waits for the device. The weights are checked after each epoch.
+            reading the loss waits for the device. Weights and statistics are checked after each epoch.
         ModelError: No parameter to train, tensors made in inference mode, parameters on several devices, or outputs that are no
             logits.
         BusyError: Another thread of the process is in a search or a training.
@@ -106,10 +125,21 @@ def train(
         >>> train(net, [(images, labels)], config=TrainConfig(epochs=2), progress=False).epochs
         2
     """
+    require_module("train", unwrap(model))
     config = TrainConfig() if config is None else config
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"train: config must be a TrainConfig, got {type(config).__name__}; write TrainConfig(epochs=2, ...)"
+        )
+    if not isinstance(progress, bool):
+        raise ConfigError(f"train: progress must be True or False, got {progress!r}")
     check_reiterable(loader, config.total_epochs, "train")
     if val_loader is not None:
         check_reiterable(val_loader, config.total_epochs, "train", "val_loader")
+    elif config.restore == "best":
+        raise ConfigError(
+            "train: val_loader must be given with restore='best', got None; pass one or use restore='last'"
+        )
     plain = unwrap(model)
     device = device_of(plain, device, "train")
     if not any(parameter.requires_grad for parameter in plain.parameters()):
@@ -125,21 +155,26 @@ def train(
             f"train: model must have tensors that can be trained, got '{made}' made in torch.inference_mode(); pass "
             "copy.deepcopy(model), made outside of it"
         )
-    plain.to(device)
-    layout = _layout(plain, device, config)
-    if layout is not None:
-        for parameter in plain.parameters():
-            if parameter.dim() == 4:  # a module of 3-d convolutions cannot be moved as a whole
-                parameter.data = in_layout(parameter.data, layout)
+    given = Placement(plain)
     modes = {module: module.training for module in model.modules()}
-    with random_numbers(config.seed, [device]):
-        run = _Run(model, plain, device, config, layout)
+    with (
+        random_numbers(config.seed, [device]),
+        cuda_settings(device, float32_products(config.amp)),
+    ):
+        run = None
         try:
+            plain.to(device)
+            layout = _layout(plain, device, config)
+            if layout is not None:
+                lay_out(plain, layout)
+            run = _Run(model, plain, device, config, layout)
             return run.fit(loader, val_loader, progress)
         except BaseException:
             # A failed device cannot be written to; the first error is the one to see.
             with contextlib.suppress(RuntimeError):
-                run.good.restore()
+                if run is not None:
+                    run.good.restore()
+                given.restore()
             raise
         finally:
             plain.zero_grad(set_to_none=True)
@@ -178,7 +213,7 @@ class _Run:
     ) -> None:
         self.model, self.plain, self.config = model, plain, config
         dtype = autocast_dtype(config.amp, device)
-        self.forward = Forward(plain, device, dtype, layout)
+        self.forward = Forward(plain, device, dtype, layout, self._to_nchw)
         self.optimizer = torch.optim.SGD(
             parameter_groups(plain, config.weight_decay, config.decay_bn_bias),
             lr=config.lr,
@@ -189,16 +224,19 @@ class _Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.average = None if config.ema is None else Average(plain, config.ema)
         self.good = Snapshot(plain)
+        self.finite = finite_buffers(plain)
         self.best: Snapshot | None = None
         self.best_accuracy: float | None = None
         self.best_epoch: int | None = None
         self.step = 0
+        self.input_shape: tuple[int, ...] = ()  # of the first image
         self.history: list[dict[str, Any]] = []
 
     def fit(self, loader: Loader, val_loader: Loader | None, progress: bool) -> TrainResult:
         start = time.perf_counter()
         epochs = self.config.total_epochs
-        steps = len(loader) * epochs if hasattr(loader, "__len__") else None
+        batches = num_batches(loader)
+        steps = None if batches is None else batches * epochs
         accuracy: Accuracy | None = None
         with Progress(steps, "train", progress) as bar:
             for epoch in range(epochs):
@@ -206,6 +244,7 @@ class _Run:
                 row = self._epoch(loader, epoch, bar)
                 due = (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == epochs
                 accuracy = self._finish_epoch(epoch, val_loader if due else None) or accuracy
+                self.plain.pfs_input_shape = self.input_shape
                 if due and accuracy is not None:
                     row |= {"val_loss": accuracy.loss, "val_accuracy": accuracy.top1}
                     bar.update(0, val_acc=accuracy.top1, best=self.best_accuracy)
@@ -242,9 +281,8 @@ class _Run:
         bar.update(0, epoch=f"{epoch + 1}/{self.config.total_epochs}", lr=rate)
         metrics = {"loss": log.loss, "acc": log.accuracy}
         for images, labels in checked_batches(loader, "train", epoch=epoch):
-            if self.step == 0:
-                self.plain.pfs_input_shape = tuple(images.shape[1:])
             self._step(images, labels, log, watch)
+            self.input_shape = self.input_shape or tuple(images.shape[1:])
             bar.update(1, **metrics)
             if log.pending == READ_EVERY or self.step == 1:
                 watch.read()
@@ -257,6 +295,8 @@ class _Run:
         logits, auxiliary, labels = self.forward(
             self.model, images, labels, watch, first=self.step == 0
         )
+        self.forward.to_nchw = None  # the start is past
+        require_gradient(logits, "train")
         entropy = partial(
             F.cross_entropy, target=labels, label_smoothing=self.config.label_smoothing
         )
@@ -276,10 +316,20 @@ class _Run:
             self.average.update()
         log.add(loss.detach(), correct(logits.detach(), labels), len(images))
 
+    def _to_nchw(self) -> None:
+        """Back to the start, in NCHW; before the first step."""
+        self.good.restore()
+        lay_out(self.plain, torch.contiguous_format)
+        if self.config.ema is not None:
+            self.average = Average(self.plain, self.config.ema)
+
     def _finish_epoch(self, epoch: int, val_loader: Loader | None) -> Accuracy | None:
         """Evaluates what will be kept (the average, where there is one) and keeps it."""
-        if not all_finite(self.plain):  # the last step's gradient, which no later loss would show
-            raise _non_finite(self.step, math.nan, "weights")
+        # The last step's gradient, and statistics that only the eval mode uses, which no later loss would show.
+        bad = not_finite(self.plain, self.finite)
+        if bad is not None:
+            name, value = bad
+            raise _non_finite(self.step, value, name if name in self.finite else "weights")
         if self.average is not None:
             self.average.swap()
         try:
@@ -351,7 +401,7 @@ class _StepLog:
 def _non_finite(step: int, value: float, what: str = "loss") -> NonFiniteLossError:
     return NonFiniteLossError(
         f"train: {what} must stay finite, got {value} at step {step}; the model is back at its last complete epoch. Try a lower "
-        "lr, amp='off' or 'bf16' in place of 'fp16', and look for NaN in the images"
+        "lr, amp='off' or 'bf16' in place of 'fp16', normalise the images, and look for NaN in them"
     )
 
 

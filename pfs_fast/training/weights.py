@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+
+from .onednn import in_layout
 
 
 def parameter_groups(
@@ -34,14 +37,61 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def finite_buffers(model: nn.Module) -> frozenset[str]:
+    """Names of the floating-point buffers without NaN and infinity. Not all: masks hold infinity on purpose."""
+    named = dict(model.named_buffers())
+    return frozenset(named) - _not_finite(named)
+
+
+def not_finite(model: nn.Module, buffers: Collection[str]) -> tuple[str, float] | None:
+    """Name and value of one NaN or infinity in the trained parameters and those buffers. Waits for the device."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named |= {name: buffer for name, buffer in model.named_buffers() if name in buffers}
+    found = _not_finite(named)
+    name = next((name for name in named if name in found), None)
+    return None if name is None else (name, named[name][~named[name].isfinite()][0].item())
+
+
 @torch.no_grad()
-def all_finite(model: nn.Module) -> bool:
-    """Whether no trained parameter holds NaN or infinity (a buffer may, as masks do). Waits for the device."""
-    trained = [p.detach() for p in model.parameters() if p.requires_grad and p.numel()]
-    if not trained:
-        return True
-    largest = torch._foreach_norm(trained, float("inf"))  # the 2-norm could overflow
-    return bool(torch.stack([norm.isfinite() for norm in largest]).all())
+def _not_finite(named: Mapping[str, Tensor]) -> set[str]:
+    some = {name: t.detach() for name, t in named.items() if t.is_floating_point() and t.numel()}
+    if not some:
+        return set()
+    largest = torch._foreach_norm(list(some.values()), float("inf"))  # the 2-norm could overflow
+    finite = torch.stack([norm.isfinite() for norm in largest]).tolist()
+    return {name for name, good in zip(some, finite, strict=True) if not good}
+
+
+class Placement:
+    """Device and strides that a model's tensors have, to go back to; their values are `Snapshot`'s."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._places = [(tensor.device, _strides(tensor)) for tensor in _tensors(model)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts every tensor back to its device and strides, with the values that it has now."""
+        for tensor, (device, strides) in zip(_tensors(self._model), self._places, strict=True):
+            if tensor.device != device:
+                tensor.data = tensor.data.to(device)
+            if strides is not None and tensor.stride() != strides:
+                tensor.data = tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    return tensor.stride() if tensor.layout == torch.strided else None
+
+
+def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Moves all 4-d parameters to a layout; a module of 3-d convolutions cannot be moved as a whole."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = in_layout(parameter.data, layout)
 
 
 class Snapshot:
@@ -49,21 +99,18 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._copies = [tensor.detach().clone() for tensor in self._live()]
+        self._copies = [tensor.detach().clone() for tensor in _tensors(model)]
 
     @torch.no_grad()
     def take(self) -> Snapshot:
         """Overwrites the copy with the present state."""
-        _copy(self._copies, self._live())
+        _copy(self._copies, _tensors(self._model))
         return self
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the copy back into the model."""
-        _copy(self._live(), self._copies)
-
-    def _live(self) -> list[Tensor]:
-        return [*self._model.parameters(), *self._model.buffers()]
+        _copy(_tensors(self._model), self._copies)
 
 
 class Average:
@@ -73,8 +120,7 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        tensors = (*model.parameters(), *model.buffers())
-        self._live = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+        self._live = [tensor.detach() for tensor in _tensors(model) if tensor.is_floating_point()]
         self._average = [tensor.clone() for tensor in self._live]
         self._decay = decay
         self._step = 0

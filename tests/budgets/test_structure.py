@@ -237,3 +237,35 @@ def test_structure_prints_as_a_table():
     ]
     assert rows[3] == ["MACs", f"{s.macs:,}", f"{s.base_macs:,}", f"{s.macs / s.base_macs:.1%}"]
     assert rows[4][:2] == ["params", f"{s.params:,}"]
+
+
+def limit(**changes: object) -> str:
+    check = {
+        "name": "macs",
+        "asked": 9,
+        "predicted": 8,
+        "whole": 10,
+        "measured": None,
+        "spread": None,
+    }
+    return edited(limits=[{**check, **changes}])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000 + "]" * 100_000,
+        '{"a":' * 100_000 + "1" + "}" * 100_000,
+        edited(sizes=json.loads("[" * 150 + "]" * 150)),
+        limit(asked=10**400),
+        limit(predicted=float("nan")),
+        limit(whole=float("inf")),
+        limit(name="latency_ms", measured=2.5),
+        edited(macs=10**30, base_macs=10**30),
+        edited(sizes={"conv0": 10**30, "conv1": 2}),
+    ],
+    ids=lambda text: text[:5] + text[-60:],
+)
+def test_from_json_refuses_depth_and_numbers_beyond_all_reason(text):
+    with pytest.raises(FileFormatError, match=r"^Structure\.from_json: .* must "):
+        Structure.from_json(text)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pfs_fast._library import is_loaded
 from pfs_fast.cli import main
 
+TINY = ["--model", "tiny_network:make"]  # not taken from run.json, which may not name code
 BACKEND = "fused" if is_loaded() else "reference"
 
 
 def search(*more: str) -> int:
-    arguments = ["--model", "tiny_network:make", "--data", "images.npz", "--out", "runs/tiny"]
+    arguments = [*TINY, "--data", "images.npz", "--out", "runs/tiny"]
     return main(
         [
             "search",
@@ -27,5 +28,5 @@ def search(*more: str) -> int:
 
 
 def train(*more: str) -> int:
-    arguments = ["--epochs", "2", "--batch-size", "16", "--quiet"]
+    arguments = [*TINY, "--epochs", "2", "--batch-size", "16", "--quiet"]
     return main(["train", "runs/tiny", *arguments, *more])

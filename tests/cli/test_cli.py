@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from commands import BACKEND, search, train
+from commands import BACKEND, TINY, search, train
 
 import pfs_fast as pfs
 from pfs_fast.cli import main
@@ -66,7 +67,7 @@ def test_search_keeps_the_gates_of_every_seed_when_the_machine_is_too_busy_to_me
         own = folder / "runs" / "tiny" / f"seed{seed}"
         assert {p.name for p in own.iterdir()} == {"search.safetensors", "run.json"}
     state["spread"] = 0.0
-    assert main(["train", "runs/tiny/seed1", *limit, "--epochs", "1", "--quiet"]) == 0
+    assert main(["train", "runs/tiny/seed1", *TINY, *limit, "--epochs", "1", "--quiet"]) == 0
 
 
 def test_search_writes_a_folder_for_each_of_several_seeds(folder, capsys):
@@ -91,7 +92,7 @@ def test_search_writes_a_folder_for_each_of_several_seeds(folder, capsys):
         assert results[-1].config.seed == seed
         assert f"next: pfs-fast train runs/tiny/seed{seed}" in out
     assert pfs.SearchResults(results).report() in out
-    assert main(["train", "runs/tiny/seed0", "--epochs", "1", "--quiet"]) == 0
+    assert main(["train", "runs/tiny/seed0", *TINY, "--epochs", "1", "--quiet"]) == 0
 
 
 def test_search_refuses_bad_seeds_before_it_makes_a_folder(folder, capsys):
@@ -112,6 +113,28 @@ def test_train_saves_a_network_that_loads_again(searched, capsys):
     assert pfs.evaluate(slim, test).top1 == pytest.approx(history["accuracy"]["top1"], abs=0.07)
     assert f"{structure.macs:,}" in out and "same accuracy" in out
     assert len(history["history"]) == 2
+
+
+def test_train_takes_a_network_that_flattens_with_view(folder):
+    code = """
+from torch import nn
+
+class LeNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU())
+        self.classifier = nn.Linear(256, 3)
+
+    def forward(self, x):
+        x = self.features(x)
+        return self.classifier(x.view(x.size(0), -1))
+"""
+    (folder / "viewing.py").write_text(code)
+    assert search("--model", "viewing:LeNet") == 0
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        assert train("--model", "viewing:LeNet") == 0
+    assert pfs.load("runs/tiny/slim.safetensors", ModelSpec("viewing:LeNet").build())
 
 
 def test_train_learns(searched):
@@ -139,7 +162,7 @@ def test_limits_on_layers_and_memory(capsys):
     assert {c.name for c in structure.limits} == {"weight_bytes", "peak_activation_bytes"}
     assert all(c.holds for c in structure.limits)
     assert "peak activation bytes" in capsys.readouterr().out
-    cut = ["train", "runs/limits", "--epochs", "1", "--quiet", "--out", "runs/cut"]
+    cut = ["train", "runs/limits", *TINY, "--epochs", "1", "--quiet", "--out", "runs/cut"]
     assert main([*cut, "--budget", "peak_activation_bytes=0.9", "--width", "3=:2"]) == 0
     slim = pfs.load("runs/cut/slim.safetensors", ModelSpec("tiny_network:make").build())
     assert slim[3].out_channels <= 2
@@ -162,13 +185,14 @@ def test_scratch_b_trains_longer(searched, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "sizes"), [([], (48, 15)), (["--hold-out", "--restore", "best"], (36, 12))]
+    ("options", "sizes"), [([], (48, None)), (["--hold-out", "--restore", "best"], (36, 12))]
 )
 def test_hold_out_decides_what_is_trained_on_and_watched(options, sizes, folder, monkeypatch):
     seen = []
 
     def spy(model, loader, val_loader, config, **more):
-        seen.append(((loader.num_images, val_loader.num_images), config.restore))
+        watched = None if val_loader is None else val_loader.num_images
+        seen.append(((loader.num_images, watched), config.restore))
         return learn(model, loader, val_loader, config, **more)
 
     learn = pfs.train
@@ -178,6 +202,8 @@ def test_hold_out_decides_what_is_trained_on_and_watched(options, sizes, folder,
     assert seen == [(sizes, "best" if options else "last")]
     history = json.loads((folder / "runs/tiny/history.json").read_text())
     assert history["accuracy"]["images"] == "test" and history["accuracy"]["n"] == 15
+    # Validation is what was held out: the test images are evaluated once, under their own name.
+    assert all(("val_accuracy" in row) == bool(options) for row in history["history"])
 
 
 def test_data_without_test_images_are_judged_by_training_images(folder, capsys):
@@ -253,7 +279,7 @@ def test_info_reads_every_file_of_a_run(searched, capsys):
         "structure.json": "MACs",
         "checkpoint.safetensors": "after epoch 2",
         "run.json": "tiny_network:make",
-        "history.json": "val_accuracy",
+        "history.json": '"images": "test"',
     }
     assert {p.name for p in searched.iterdir()} == set(expected)
     for name, text in expected.items():

@@ -183,7 +183,7 @@ def test_synthetic_images_can_be_told_apart_by_their_class():
 def test_synthetic_repeats_with_its_seed():
     a, b, c = (data.synthetic(20, seed=seed).train.images for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
-    with pytest.raises(LoaderError, match="synthetic: num_images, num_classes and shape must be"):
+    with pytest.raises(LoaderError, match="synthetic: num_images must be an integer >= 1, got 0"):
         data.synthetic(0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -327,6 +329,53 @@ REFUSED = {
         r"std must be > 0 in every channel, got \(0\.1, 0\.0, 0\.1\)",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("labels", "as_array"),
+    [
+        (torch.eye(4, dtype=torch.int64), True),
+        (torch.eye(4), True),
+        (torch.eye(4) > 0, True),
+        (torch.arange(4.0), True),
+        (torch.arange(4)[:, None], True),
+        (torch.arange(4.0)[:, None], False),
+    ],
+)
+def test_repair_of_class_indices_in_another_form_works(labels, as_array):
+    for given in (labels, labels.numpy()) if as_array else (labels,):
+        with pytest.raises(LoaderError) as caught:
+            data.DeviceLoader(IMAGES, given)
+        repair = re.search(r"use (\S+) where", str(caught.value))[1]
+        repaired = eval(repair, {"torch": torch, "labels": given})
+        loader = data.DeviceLoader(IMAGES, repaired)
+        assert torch.equal(torch.cat([y for _, y in loader]), torch.arange(4))
+
+
+def test_repair_of_other_labels_works():
+    with pytest.raises(
+        LoaderError, match="got 3; number the classes from 0, or set num_classes to 4"
+    ):
+        data.DeviceLoader(IMAGES, torch.arange(4), num_classes=2)
+    data.DeviceLoader(IMAGES, torch.arange(4), num_classes=4)
+    with pytest.raises(
+        LoaderError, match="got -1; number the classes from 0, and leave out images"
+    ):
+        data.DeviceLoader(IMAGES, torch.arange(4) - 1)
+    names = np.array(["cat", "dog", "cat", "ant"])
+    with pytest.raises(LoaderError, match=r"must be numeric, got .*numpy\.unique") as caught:
+        data.DeviceLoader(IMAGES, names)
+    repair = re.search(r"as (numpy.+) does", str(caught.value))[1]
+    data.DeviceLoader(IMAGES, eval(repair, {"numpy": np, "labels": names}))
+    with pytest.raises(LoaderError, match=r"labels of pixels, .* are not supported"):
+        data.DeviceLoader(IMAGES, torch.zeros(4, 8, 8, dtype=torch.int64))
+
+
+def test_loaders_of_a_whole_data_set_have_all_three_parts():
+    whole = data.digits(size=8)
+    assert isinstance(whole, data.WholeSplits) and None not in whole.loaders()
+    partial = data.digits(size=8, val=0)
+    assert type(partial) is data.Splits and partial.loaders().val is None
 
 
 @pytest.mark.parametrize("case", REFUSED)

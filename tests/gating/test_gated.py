@@ -288,6 +288,21 @@ def test_gated_network_freezes_weights_and_spares_the_model():
     assert all(p.grad is None for p in network.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_constants_of_both_forwards_have_the_dtype_of_the_network(dtype):
+    """A tensor that the forward makes becomes a constant of each graph; dropout makes the two graphs differ."""
+
+    def forward(m, x):
+        return m.fc(m.drop(m.a(x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))))
+
+    model = Net(forward, a=cbr(3, 4), drop=nn.Dropout(0.5), fc=head(4))
+    network, _ = gate(model, (torch.zeros(2, 3, 6, 6),), dtype=dtype)
+    assert network.train_net is not network.eval_net
+    for mode in (True, False):
+        y = network.train(mode)(torch.rand(2, 3, 6, 6).to(dtype))
+        assert y.dtype == dtype
+
+
 class NaiveGate(nn.Module):
     """Batch norm times gate, as the method is usually written."""
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import pfs_fast as pfs
+from pfs_fast import _library
 from pfs_fast.gating import winograd
 from pfs_fast.gating.widths import WidthRule, preferred_multiple
 from pfs_fast.graph.groups import ChannelGroup
@@ -81,6 +82,35 @@ def test_other_kernels_take_whole_vectors(options: dict[str, object]) -> None:
 def test_a_group_that_others_kernels_read_takes_whole_vectors() -> None:
     found = rules("mobilenet_v1")  # depthwise convolutions are PyTorch's
     assert {rule.multiple for rule in found.values()} == {VECTOR}
+
+
+def stem(channels: int, kernel: int) -> nn.Module:
+    """Two convolutions in a row; neither is one that Winograd's filtering serves."""
+    return nn.Sequential(
+        nn.Conv2d(3, channels, kernel, padding=kernel // 2),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, 10, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+def test_a_group_that_few_channels_are_read_for_takes_pairs() -> None:
+    assert rules_of(stem(32, 5))["0"].multiple == 2
+    assert rules_of(stem(1024, 7))["0"].multiple == VECTOR  # a weight beyond the second-level cache
+
+
+def test_the_library_knows_its_own_convolutions() -> None:
+    pays = _library._C.direct_conv_pays
+    once = ((1, 1), (1, 1), 1)
+    assert pays((16, 16, 1, 1), *once) and pays((16, 7, 3, 3), *once)
+    assert pays((16, 16, 3, 3), (2, 1), (1, 1), 1)
+    assert not pays((16, 8, 3, 3), *once)
+    assert not pays((16, 16, 1, 1), (1, 1), (1, 1), 2)
+    assert not pays((16, 16, 3, 3), (2, 2), (2, 2), 1)
+    assert not pays((16, 3, 3), (2,), (1,), 1)
+    assert pays((256, 256, 1, 1), *once) and not pays((257, 256, 1, 1), *once)
 
 
 class Scaled(nn.Module):

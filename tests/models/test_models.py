@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pfs_fast import models
 from pfs_fast.errors import BackendError, ConfigError, ModelError
+from pfs_fast.models.registry import is_listed
 
 # What the official code builds and counts (commit 3102332): MACs in M with average-pool inputs, as it counts them (it does
 # not see VGG's pool), parameters in M, number of gate groups, gated channels, gated channels and MACs at expansion 1.25.
@@ -255,6 +256,43 @@ def test_get_passes_arguments_on():
 def test_get_builds_torchvision_networks_without_weights():
     pytest.importorskip("torchvision")
     assert models.get("torchvision:resnet18", num_classes=3).fc.out_features == 3
+
+
+def test_get_builds_networks_of_timms_list_without_weights():
+    pytest.importorskip("timm")
+    assert models.get("timm:test_resnet", num_classes=3).get_classifier().out_features == 3
+    with pytest.raises(
+        ModelError, match=r"network of timm\.list_models\(\), got .*did you mean timm:resnet26"
+    ):
+        models.get("timm:resnet26x")
+
+
+def test_get_calls_a_function_of_timm_too():
+    pytest.importorskip("timm")
+    model = models.get("timm:create_model", model_name="test_resnet", num_classes=3)
+    assert model.get_classifier().out_features == 3
+
+
+def test_get_builds_every_kind_of_torchvision_network_without_weights():
+    pytest.importorskip("torchvision")
+    with mode:  # a download would need storage
+        models.get("torchvision:lraspp_mobilenet_v3_large", num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("resnet20", True),
+        ("resnet21", False),
+        ("torchvision:resnet18", True),
+        ("torchvision:get_model", False),
+        ("torchvision.models:resnet18", False),
+        ("os:system", False),
+        (":resnet20", False),
+    ],
+)
+def test_only_networks_of_a_list_are_listed(name, listed):
+    assert is_listed(name) == listed
 
 
 def test_get_imports_a_factory(monkeypatch):

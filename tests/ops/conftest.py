@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pfs_fast import _library
+from pfs_fast._cuda_settings import cuda_settings
 
 if not _library.is_loaded() and os.environ.get("PFS_FAST_REQUIRE_EXT") == "1":
     _library.require_ops()
@@ -20,6 +21,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/ops" in item.path.as_posix() and "reference" not in item.name:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """Tolerances are of float32; by PyTorch's default a GPU's convolutions multiply numbers of ten bits."""
+    with cuda_settings(torch.device("cuda"), repeatable=True):
+        yield
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -123,8 +123,8 @@ def test_operators_never_wait_for_the_device():
     step = GateStep(torch.Generator("cuda").manual_seed(0))
     step.run()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step.run()
     finally:
         torch.cuda.set_sync_debug_mode("default")

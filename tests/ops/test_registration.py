@@ -122,6 +122,9 @@ def gated_layer(x, weight, gate, module=ops):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")
+@pytest.mark.filterwarnings(
+    "ignore:TensorFloat32 tensor cores:UserWarning"
+)  # advice of older versions
 def test_compiles_without_graph_breaks(backend, device):
     torch.compiler.reset()
     x = torch.randn(2, 4, 5, 5, device=device, dtype=torch.float64, requires_grad=True)

@@ -101,6 +101,13 @@ def test_evaluate_uses_running_statistics_and_returns_to_train_mode():
     assert loop.state.steps == 6
 
 
+def test_evaluate_refuses_nan_logits():
+    """The largest of NaN logits is the first: with label 0 each image would count as right."""
+    images, labels = batches(1)[0]
+    with pytest.raises(NonFiniteLossError, match="search: logits of val_loader must be numbers"):
+        make_loop(track_stats=True).evaluate([(images * float("nan"), 0 * labels)])
+
+
 def test_evaluate_takes_soft_labels():
     loop = make_loop(track_stats=True)
     data = batches(2)

@@ -234,7 +234,7 @@ HOSTILE = {
     "gates not in a row": (lambda t, m: t.update(gates=t["gates"].view(1, -1)), "gates"),
     "gates of integers": (lambda t, m: t.update(gates=t["gates"].long()), "gates"),
     "NaN among the gates": (lambda t, m: t["gates"].fill_(float("nan")), "gates"),
-    "units outside the gates": (lambda t, m: t["layer.0.out_units"].add_(1000), "units of layer 0.0 must be in"),
+    "units outside the gates": (lambda t, m: t["layer.0.out_units"].add_(1000), "units of layer 0.0 in"),
     "groups missing": (lambda t, m: m.pop("groups"), "KeyError: 'groups'"),
     "group of another size": (lambda t, m: m["groups"][0].update(size=2), "SearchResult.load: path must hold"),
     "unknown option": (lambda t, m: m["config"].update(speed=9), "unexpected keyword argument 'speed'"),

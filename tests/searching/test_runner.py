@@ -18,6 +18,7 @@ from pfs_fast.errors import LoaderError, NonFiniteLossError
 from pfs_fast.searching import runner as runners
 from pfs_fast.searching.search import COMPACT_EVERY
 from pfs_fast.searching.step_meter import DeviceMeter, HostMeter
+from pfs_fast.training.batches import note_labels
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -229,6 +230,75 @@ def test_step_that_cannot_be_captured_is_reported_and_taken_without(
     assert_same_search(result, expected)
 
 
+@pytest.mark.parametrize("make", [uneven, device_loader])
+def test_a_wait_that_is_seen_once_is_another_threads(graphs, monkeypatch, make):
+    model, waits, looks = tiny(), graphs.waits, []
+
+    def waits_once(work):
+        looks.append(waits(work))
+        return "on purpose" if len(looks) == 1 else looks[-1]
+
+    monkeypatch.setattr(graphs, "waits", waits_once)
+    result = run(model, make(), compact=False)
+    assert "replay" in graphs.log
+    assert_same_search(run(model, make(), compact=False, cuda_graph=False), result)
+
+
+def hooked() -> tuple[nn.Module, list[int]]:
+    calls: list[int] = []
+    model = tiny()
+    model[2][1].register_forward_hook(lambda *_: calls.append(1))
+    return model, calls
+
+
+@pytest.mark.parametrize("make", [uneven, device_loader])
+def test_networks_with_python_of_the_users_are_never_captured(graphs, make):
+    model, calls = hooked()
+    result = run(model, make(), epochs=2, compact=False)
+    assert graphs.log == []
+    assert len(calls) >= result.steps
+
+
+class NotedTransfer:
+    """Notes whether batches come in a stream of their own."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.beside = True
+
+    def send(self, images):
+        self.log.append("beside" if self.beside else "in stream")
+        return images.clone()
+
+    def pin(self, labels):
+        return labels
+
+    def stay_in_stream(self) -> None:
+        self.beside = False
+
+    def mark(self):
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_batches_are_not_copied_beside_the_step_after_a_capture_that_failed(graphs, monkeypatch):
+    transfer = NotedTransfer()
+
+    def refuse(work):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    monkeypatch.setattr(
+        "pfs_fast.searching.search.make_runner",
+        lambda loop, loader: runners.GraphRunner(loop, graphs, transfer),
+    )
+    with pytest.warns(RuntimeWarning, match="on purpose; going on without one"):
+        run(tiny(), batches(8), epochs=1, compact=False)
+    assert transfer.log == ["beside"] * 4 + ["in stream"] * 4
+
+
 def test_stand_in_refuses_what_a_graph_refuses():
     stand_in = StandInGraphs()
     with pytest.raises(RuntimeError, match="capturing"):
@@ -285,11 +355,46 @@ def test_meters_measure_the_same():
     assert (a.gate_sum, a.alive, a.finite) == (b.gate_sum, b.alive, b.finite) == (1.5, 2, True)
 
 
-def test_device_meter_keeps_a_bad_label():
+def test_device_meter_keeps_what_was_noted_of_labels():
     meter = DeviceMeter(torch.device("cpu"))
-    for label in (-1, 7, -1):
-        meter.add(torch.tensor(0.0), torch.tensor(0), torch.tensor([0]), torch.tensor(label))
-    assert meter.take(torch.ones(2)).get().bad_label == 7
+    rows = torch.tensor([[1.0, 1.0, 0.0]])
+    for labels in (torch.tensor([0, 2]), torch.tensor([7, -5]), rows, torch.tensor([1])):
+        noted = note_labels(labels, 3, "search")[1]
+        meter.add(torch.tensor(0.0), torch.tensor(0), torch.tensor([0]), noted)
+    assert meter.take(torch.ones(2)).get().labels == (5.0, 7.0, 1.0)
+    assert meter.take(torch.ones(2)).get().labels == (5.0, 7.0, 1.0)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that only claims to be on a device."""
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+    def to(self, *args, **options):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1, 2, 4]), r"labels must be in \[0, 3\], .* got 4"),
+        (torch.tensor([0, 1, 2, -3]), r"labels must be in \[0, 3\], .* got -3"),
+        (torch.ones(4, 4), "a sum of 1 in each row, got a row that misses this by 3"),
+        (torch.full((4, 4), torch.nan), "got a row that misses this by nan"),
+    ],
+)
+def test_labels_on_a_device_are_refused_at_the_next_entry(monkeypatch, labels, message):
+    """In steps and in the validation; nothing is read from the labels before."""
+    monkeypatch.setattr("pfs_fast.searching.loop.DEFERRED", frozenset({"cpu"}))
+    images = torch.randn(4, 3, 6, 6)
+    bad = [(images, labels.as_subclass(OnDevice))]
+    with pytest.raises(LoaderError, match=f"search: .*{message}"):
+        run(tiny(), bad, cuda_graph=False)
+    with pytest.raises(LoaderError, match=f"search: .*{message}"):
+        config = pfs.SearchConfig(epochs=1, backend="reference", precision="fp64")
+        pfs.search(tiny(), batches(), 0.6, config=config, val_loader=bad, progress=False)
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------------

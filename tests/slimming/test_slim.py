@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 from slim_cases import NET, Net, broken, structure
@@ -12,6 +14,8 @@ from torch import nn
 from benchmarks.footprint import peak_bytes
 from pfs_fast.budgets.structure import Structure
 from pfs_fast.errors import ConfigError, ModelError, StructureError
+from pfs_fast.graph.analysis import analyse
+from pfs_fast.models import resnet20
 from pfs_fast.slimming.slim import narrow_to, slim
 
 
@@ -289,3 +293,23 @@ def test_slim_verifies_on_request():
     slim(Net(), NET, verify=True, example_input=x)
     with pytest.raises(StructureError, match="verify: slim network must equal the masked network"):
         slim(Net(), broken(layers={"bn": (1, 3, 4, 7)}), verify=True, example_input=x)
+
+
+@pytest.mark.parametrize("table", ["layers", "inputs"])
+@pytest.mark.parametrize("more", [False, True])
+def test_structure_whose_layers_do_not_fit_each_other_is_refused(table, more):
+    """As after a change of the file by hand: without this the network would be made, and its forward would fail."""
+    model = resnet20(4, expansion=0.5)
+    groups = analyse(model, torch.zeros(1, 3, 8, 8))
+    keep = np.arange(groups.num_units) % 3 > 0
+    structure = Structure.from_keep(groups, keep)
+    assert slim(model, structure)(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
+    for name, kept in getattr(structure, table).items():
+        width = structure.widths[name][1 if table == "layers" else 0]
+        one = next((i for i in range(width) if (i in kept) != more), None)
+        assert one is not None
+        document = json.loads(structure.to_json())
+        document[table][name] = sorted({*kept} ^ {one})
+        broken = Structure.from_json(json.dumps(document))
+        with pytest.raises(StructureError, match=r"slim: structure must remove [\d,]+ parameters"):
+            slim(model, broken)

@@ -248,3 +248,114 @@ def test_prelu_with_one_channel_left_is_still_a_layer() -> None:
     nn.init.uniform_(model[1].weight)
     s = structure({"0": (2,), "1": (2,)}, {"2": (2,)}, {"0": (3, 4), "1": (4, 4), "2": (4, 5)})
     assert verify(model, None, s, X).layers_compared == 4  # a common slope is no layer
+
+
+# -- weights of the slim network ------------------------------------------------------------------------------------
+
+
+def test_slim_model_with_fresh_or_trained_weights_passes_and_the_report_says_how():
+    model = Net()
+    fresh = slim(model, NET)
+    before = copy.deepcopy(fresh.state_dict())
+    report = verify(model, fresh, NET, X)
+    assert report.passed and report.weights == "copied" and "weights copied" in str(report)
+    assert all(torch.equal(before[key], value) for key, value in fresh.state_dict().items())
+    trained = slim(model, NET, "inherit")
+    for parameter in trained.parameters():
+        parameter.data.add_(0.01 * torch.randn_like(parameter))
+    assert verify(model, trained, NET, X).weights == "copied"
+    inherited = verify(model, slim(model, NET, "inherit"), NET, X)
+    assert inherited.weights == "inherited" and "weights inherited" in str(inherited)
+    assert verify(model, None, NET, X).weights == "inherited"
+
+
+def other_channels() -> Structure:
+    """A cut as wide as NET, of other channels."""
+    conv = (0, 2, 5, 7)
+    grouped = (1, 3, 4, 7, 8, 11)
+    depthwise = tuple(2 * c + i for c in grouped for i in range(2))
+    fc = tuple(4 * c + i for c in depthwise for i in range(4))
+    return structure(
+        {"conv": conv, "bn": conv, "grouped": grouped, "depthwise": depthwise},
+        {"grouped": conv, "depthwise": grouped, "fc": fc},
+        NET.widths,
+    )
+
+
+def test_inherited_slices_of_other_channels_are_found_in_every_layer():
+    model = Net()
+    narrow = slim(model, other_channels(), "inherit")
+    assert verify(model, narrow, other_channels(), X).passed
+    with pytest.raises(StructureError, match="weights inherited; first differing layer conv "):
+        verify(model, narrow, NET, X)
+    assert verify(model, narrow, NET, X, weights="fresh").weights == "copied"
+    with pytest.raises(StructureError, match="weights inherited; first differing layer conv "):
+        verify(model, slim(model, NET), NET, X, weights="inherit")
+
+
+def test_fresh_slim_model_of_another_structure_fails():
+    model = Net()
+    with pytest.raises(
+        StructureError,
+        match=r"must have the shape \[.*\] in slim_model, got \[.*\]; pass the slim network of this",
+    ):
+        verify(model, slim(model, structure({}, {}, {})), NET, X)
+
+
+def test_fresh_slim_model_with_an_altered_module_fails():
+    model = Net()
+    narrow = slim(model, NET)
+    narrow.grouped.padding_mode = "circular"
+    narrow.grouped._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    report = verify(model, narrow, NET, X, raise_on_fail=False)
+    assert not report.passed and report.layer == "grouped" and report.weights == "copied"
+
+
+def test_wrong_structure_is_found_with_fresh_weights():
+    model = Net()
+    wrong = broken(inputs={"grouped": (3, 1, 4, 6)})
+    report = verify(model, slim(model, NET), wrong, X, raise_on_fail=False)
+    assert not report.passed and report.layer == "grouped" and report.weights == "copied"
+
+
+def test_verify_names_another_value_of_weights():
+    with pytest.raises(
+        ConfigError, match="weights must be 'auto', 'inherit' or 'fresh', got 'copy'"
+    ):
+        verify(Net(), None, NET, X, weights="copy")
+
+
+# -- forwards that write to their input, or cast --------------------------------------------------------------------
+
+
+class Scaling(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x *= 3
+        return super().forward(x)
+
+
+class Casting(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float() * (x > 0).to(torch.float32)
+        x = x.type("torch.FloatTensor") + torch.full_like(x, 0.1, dtype=torch.float32)
+        return super().forward(x.to(dtype=torch.bfloat16) + torch.linspace(0, 1, 2))
+
+
+@pytest.mark.parametrize("kind", [Scaling, Casting])
+def test_forward_that_writes_to_its_input_or_casts_is_compared_rightly(kind):
+    model = kind()
+    report = verify(model, slim(model, NET), NET, X)
+    assert report.passed and report.max_error < 1e-12
+    wrong = broken(layers={"bn": (1, 3, 4, 7)})
+    assert verify(model, None, wrong, X, raise_on_fail=False).layer == "bn"
+
+
+def test_in_place_activation_of_the_input_is_compared_rightly():
+    model = nn.Sequential(nn.LeakyReLU(inplace=True), Net())
+    s = structure(
+        *(
+            {f"1.{name}": value for name, value in table.items()}
+            for table in (NET.layers, NET.inputs, NET.widths)
+        )
+    )
+    assert verify(model, None, s, X).passed

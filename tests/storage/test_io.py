@@ -280,7 +280,7 @@ WRONG_FILES = {
                 "layers": {"conv": {"kind": "conv", "in": "x"}},
             }
         ),
-        "'conv' has no valid widths in the file",
+        "in which 'conv' has no valid widths",
     ),
 }
 
@@ -491,3 +491,13 @@ def test_export_that_differs_from_the_model_is_not_written(tmp_path: Path, monke
         export(Net(), tmp_path / "net.pt2", torch.zeros(1, 3, 6, 6))
     assert (tmp_path / "net.pt2").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("conv.weight", torch.int64), ("bn.running_mean", torch.bool), ("bn.num_batches_tracked", torch.float32), ("fc.bias", torch.complex64)])  # fmt: skip
+def test_values_of_another_kind_are_refused(tmp_path: Path, name: str, dtype: torch.dtype):
+    save(slim_net(), tmp_path / "net")
+    tensors, metadata = read_safetensors(tmp_path / "net", "pfs_fast.model", 1)
+    tensors[name] = tensors[name].to(dtype)
+    write_safetensors(tmp_path / "net", tensors, metadata)
+    with pytest.raises(FileFormatError, match=rf"a model that differs: '{name}' is {dtype} in the"):
+        load(tmp_path / "net", Net())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_training import Net, assert_same, batches, fit, state_of
 from torch import Tensor, nn
 
-from pfs_fast.errors import ConfigError, LoaderError, ModelError
+from pfs_fast.errors import ConfigError, LoaderError, ModelError, NonFiniteLossError
 from pfs_fast.training.batches import split_outputs
 from pfs_fast.training.evaluation import Accuracy
 from pfs_fast.training.train import evaluate
@@ -94,6 +94,18 @@ def test_evaluate_counts_images_and_keeps_the_mode():
     assert accuracy.top1 == pytest.approx((logits.argmax(1) == labels).double().mean().item())
     assert accuracy.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     assert str(Accuracy(0.5, 1.0, 4)) == "top-1 50.00 %, loss 1.0000 on 4 images"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_evaluate_refuses_a_loss_that_is_not_finite(value: float):
+    """The largest of NaN logits is the first: with label 0 each image would count as right."""
+    net = Net().train()
+    with torch.no_grad():
+        net.fc.bias[1] = value
+    loader = [(images, 0 * labels) for images, labels in batches()]
+    with pytest.raises(NonFiniteLossError, match="evaluate: loss of the evaluation must be finite"):
+        evaluate(net, loader)
+    assert net.training
 
 
 def test_evaluate_refuses_bad_input():

@@ -321,3 +321,21 @@ def test_loader_without_length_trains():
             return itertools.islice(itertools.cycle(batches()), 4)
 
     assert fit(Net(), Endless()).epochs == 3
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Images one by one, of a number that nobody knows."""
+
+    def __iter__(self):
+        for images, labels in batches():
+            yield from zip(images, labels, strict=True)
+
+
+def test_iterable_data_set_trains_with_progress(capsys: pytest.CaptureFixture[str]):
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=8)
+    net, twin = Net(), Net()
+    twin.load_state_dict(net.state_dict())
+    train(net, loader, loader, TrainConfig(epochs=2, lr=0.05))
+    assert "train: 6 steps" in capsys.readouterr().err
+    fit(twin, batches(), batches(), epochs=2)
+    assert_same(state_of(net), state_of(twin))

@@ -10,7 +10,7 @@ import torch
 from small_training import CPU, Net, assert_same, batches, fit, state_of
 from torch import Tensor
 
-from pfs_fast.errors import LoaderError, NonFiniteLossError
+from pfs_fast.errors import ConfigError, LoaderError, NonFiniteLossError
 from pfs_fast.training.train import TrainConfig, train
 
 
@@ -58,6 +58,41 @@ def test_nan_gradient_of_an_epochs_last_step_does_not_reach_the_kept_state():
         fit(net, data, data, schedule="constant")
     fit(reference, data, epochs=1, schedule="constant")
     assert_same(state_of(reference), state_of(net))
+
+
+def test_statistics_that_overflow_are_no_result():
+    """Batch norm hides the size of its input from the loss, not from the statistics of the eval mode."""
+    net = Net()
+    before = state_of(net)
+    huge = [(images * 1e30, labels) for images, labels in batches()]
+    with pytest.raises(
+        NonFiniteLossError, match=r"bn\.running_var must .* got inf at step 3;.*normalise"
+    ):
+        fit(net, huge)
+    assert_same(before, state_of(net))
+
+
+def test_infinity_that_a_buffer_holds_on_purpose_stays():
+    net = Net()
+    net.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    fit(net)
+    assert net.mask.tolist() == [0.0, -math.inf]
+
+
+def test_validation_with_a_loss_that_is_not_finite_gives_the_model_back():
+    net = Net()
+    before = state_of(net)
+    images, labels = batches(1)[0]
+    with pytest.raises(NonFiniteLossError, match="train: loss of the evaluation must be finite"):
+        fit(net, val_loader=[(images * math.nan, labels)])
+    assert_same(before, state_of(net))
+
+
+def test_best_state_without_validation_is_refused():
+    with pytest.raises(ConfigError, match="train: val_loader must be given with restore='best'"):
+        fit(Net(), restore="best")
+    fit(Net(), restore="last")
+    fit(Net(), val_loader=batches(1), restore="best")
 
 
 def test_diverging_training_is_found_by_the_loss_log():

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..shapes import leaves
+
 NONE = 0  # label of "no channel of ours"
 
 
@@ -41,6 +43,8 @@ def unlabelled(value: Any) -> Any:
         return [unlabelled(v) for v in value]
     if isinstance(value, dict):
         return {k: unlabelled(v) for k, v in value.items()}
+    if holds_tensors(value):  # a dataclass
+        return [unlabelled(v) for v in flatten(value)]
     return value
 
 
@@ -49,9 +53,5 @@ def holds_tensors(value: Any) -> bool:
 
 
 def flatten(nested: Any) -> list[Any]:
-    """Leaves of nested lists, tuples and dictionaries."""
-    if isinstance(nested, dict):
-        return [leaf for v in nested.values() for leaf in flatten(v)]
-    if isinstance(nested, (tuple, list)):
-        return [leaf for v in nested for leaf in flatten(v)]
-    return [nested]
+    """Leaves of nested lists, tuples, dictionaries and dataclasses."""
+    return leaves(nested, Value)

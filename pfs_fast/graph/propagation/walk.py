@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx, nn
 from .. import rules
 from ..scales import scales_of
 from ..trace import TracedModel
+from ..user_functions import either, is_shown, settle
 from .call import Call
 from .constraints import Constraints
 from .movement import movement
@@ -43,6 +45,10 @@ class Propagation:
             self._index = index
             self.counts = graph_module is traced.eval
             self._run(graph_module.graph)
+        for index, graph_module in enumerate(traced.graphs):
+            for gone, call in settle(graph_module).items():
+                if (index, gone.name) in self.outputs:
+                    self.outputs[index, call.name] = self.outputs[index, gone.name]
 
     def _run(self, graph: fx.Graph) -> None:
         env: dict[fx.Node, Any] = {}
@@ -92,6 +98,10 @@ class Propagation:
         rule = layer_rule(module)
         if rule is not None:
             return rule(call)
+        if is_shown(node):
+            return unlabelled(call.meta)  # beside it the graph has what its forward does
+        if node.target is either:
+            return args[0]
         if holds_tensors(call.meta):
             self._fix_counted(call)
         if not values:  # arithmetic on sizes and other plain values
@@ -116,8 +126,8 @@ class Propagation:
         target, meta = call.node.target, call.meta
         if call.name == "getitem" and not isinstance(call.args[0], Value):
             return call.args[0][call.args[1]]  # one of several results
-        if isinstance(target, type) and issubclass(target, tuple):
-            return call.values  # a named tuple of results
+        if isinstance(target, type) and (issubclass(target, tuple) or is_dataclass(target)):
+            return call.values  # several results by name
         if not isinstance(meta, torch.Tensor) and not holds_tensors(meta):
             return unlabelled(meta)  # x.shape, x.size(0), x.dim()
         if all(v.dim is None for v in call.values):
