@@ -159,7 +159,7 @@ def _training(
     networks = {"dense": dense} | {k: n for k, n in slim.items() if n is not None}
     variants = {key: step_of(network) for key, network in networks.items()}
     timings = time_variants(variants, device=CPU, effort=settings.profile.effort)
-    case = {"what": "training step", "network": name, "scope": scope, "precision": precision}
+    case = {"what": "training step", "network": name, "scope": scope, "runtime": precision}
     return _case(TRAINING, case | {"batch": batch}, timings, slim)
 
 
@@ -175,9 +175,14 @@ def _latency(
         for key, network in {"dense": result.model, "slim": slim}.items()
     }
     timings = time_variants(variants, device=CPU, effort=settings.profile.effort)
-    case = {"what": "latency 0.5", "network": name, "scope": "all", "runtime": runtime}
-    line = case | {
+    case = {
+        "what": "latency 0.5",
+        "network": name,
+        "scope": "all",
+        "runtime": runtime,
         "batch": batch,
+    }
+    line = case | {
         "dense ms": timings.time("dense"),
         "slim / dense": timings.ratio("slim", "dense"),
         "MACs kept": f"{structure.macs_share:.1%}",

@@ -16,7 +16,7 @@ from ..budgets.deployment import Deployment
 from ..budgets.structure import aligned
 from ..errors import ConfigError
 from .bars import Bars, silent
-from .runtimes import installed, task_of
+from .runtimes import installed, is_channels_last, task_of
 from .timing import DeviceTimer, Timer, Timing
 
 _TURNS = 15
@@ -161,7 +161,10 @@ def compare(
     with bars(len(runtimes), "comparing latencies") as bar:
         for runtime in runtimes:
             own = replace(run, runtime=runtime)
-            tasks = [task_of(network, shape, own) for network in (dense, slim)]
+            tasks = [
+                task_of(network, shape, own, channels_last=is_channels_last(slim))
+                for network in (dense, slim)
+            ]
             speeds.append(Speed(runtime, *timer(tasks, _TURNS)))
             bar.update()
     costs = [count(network, _image(network, shape)) for network in (dense, slim)]

@@ -26,6 +26,7 @@ _ROUNDS = 10
 _TRIES = 3  # of a measurement whose times scatter
 _TRIES_OF_NOISE = 6  # of one that decides nothing
 _TRIES_MS = 60_000  # for all tries after the first ones; half of it is kept for those of noise
+_SURE = 0.03  # spread, of the median, up to which one measurement within the limit is enough
 _CALM, _NOISY = 0.08, 0.15  # half the distance between the quartiles, of the median
 
 
@@ -91,6 +92,7 @@ class _Fit:
         self.limit: float = limits.latency_ms
         self.bar = bar
         self._tries_ms: float = _TRIES_MS
+        self._confirmed: set[int] = set()
         self._fixed: Timing | None = None  # the reference's times, where they shall not drift
         # The widest network that the other limits allow. Every other one is timed in turns with it, since a machine that
         # has other work is slower now and faster later: what stays is how much faster one network is than the other.
@@ -120,6 +122,10 @@ class _Fit:
         for turn in range(_ROUNDS):
             times = {steps: self._time(steps).median for steps in sorted(self._ratios)}
             best = max((s for s, t in times.items() if t <= self.limit), default=None)
+            if best is not None and not self._is_sure(best):
+                self._confirm(best)
+                self.bar.update()
+                continue
             if best == self.most:
                 break
             above = min(s for s in times if times[s] > self.limit and (best is None or s > best))
@@ -163,6 +169,22 @@ class _Fit:
             self.limit,
             self.model.run,
         )
+
+    def _is_sure(self, steps: int) -> bool:
+        """Whether a place within the limit is so by more than noise, or was measured twice.
+
+        The largest of several noisy places within a limit is the one that was measured too fast.
+        """
+        timing = self._time(steps)
+        calm = timing.spread <= _SURE * timing.median or timing.median + timing.spread <= self.limit
+        return calm or steps in self._confirmed or steps == self.most
+
+    def _confirm(self, steps: int) -> None:
+        first, second = self._ratios[steps], self._ratio(self.sweep.keep(steps))
+        self._ratios[steps] = Timing(
+            *(statistics.fmean(pair) for pair in zip(first, second, strict=True))
+        )
+        self._confirmed.add(steps)
 
     def _measure(self, steps: int) -> None:
         self._ratios[steps] = self._ratio(self.sweep.keep(steps))

@@ -42,8 +42,7 @@ def prepared(network: nn.Module, images: torch.Tensor, run: Deployment) -> Call:
         return _onnxruntime(network, images, run)
     folded = fold(network, images[:1])
     if images.dim() == 4:
-        folded = folded.to(memory_format=torch.channels_last)
-        images = images.contiguous(memory_format=torch.channels_last)
+        folded, images = _in_channels_last(folded), _laid_out(images)
     return _compiled(folded, images) if run.runtime == "compile" else lambda: folded(images)
 
 
@@ -70,10 +69,21 @@ def task_of(
         dtype = next((p.dtype for p in replica.parameters()), torch.float32)
         images = torch.randn((run.batch, *input_shape), device=device, dtype=dtype)
         if channels_last and images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
+            replica, images = _in_channels_last(replica), _laid_out(images)
         _settle(replica, images)
         call = prepared(replica.to(run.dtype), images.to(run.dtype), run)
     return Task(run.runtime, (), call, network)
+
+
+def _laid_out(images: torch.Tensor) -> torch.Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _in_channels_last(network: nn.Module) -> nn.Module:
+    for parameter in network.parameters():
+        if parameter.dim() == 4:  # a module of 3-d convolutions cannot be moved as a whole
+            parameter.data = _laid_out(parameter.data)
+    return network
 
 
 def _settle(network: nn.Module, images: torch.Tensor) -> None:

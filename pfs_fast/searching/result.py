@@ -217,9 +217,7 @@ class SearchResult:
         """
         lines = [str(self.measured() if measure else self.structure)]
         if measure:
-            run = self.budget.run
-            options = {"batch": run.batch, "precision": run.precision, "device": run.device}
-            lines += ["", str(self.compare(threads=run.threads, warn=False, **options))]
+            lines += ["", str(self.compare(warn=False))]
         if self.config.patience is not None:
             lines += ["", self.ending()]
         if self.groups.fixed:
@@ -237,13 +235,19 @@ class SearchResult:
 
         Args:
             budget: Default: the budget of the search.
-            options: Those of `compare`: ``batch``, ``precision``, ``device``, ``threads``, ``runtimes``.
+            options: Those of `compare`: ``batch``, ``precision``, ``device``, ``threads``, ``runtimes``. Default: those of the
+                budget of the search where it limits latency, else those of `compare`.
 
         Raises:
             ModelError: The result was loaded from a file without a model. Others as `compare`.
         """
         slim = self.slim(budget, seed=0)
         assert self.model is not None
+        if self.budget.latency is not None or self.budget.latency_ms is not None:
+            run = self.budget.run
+            runtimes = tuple(dict.fromkeys([run.runtime, "eager", "folded"]))
+            options = {"runtimes": runtimes, **asdict(run), **options}
+            del options["runtime"]
         bars = partial(Progress, enabled=self.progress)
         return comparison.compare(self.model, slim, bars=bars, **options)
 

@@ -218,3 +218,31 @@ def test_comparison_leaves_networks_and_generator_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert net.training and np.isfinite(float(sum(v.double().sum() for v in before.values())))
+
+
+class LuckyTimer(FakeTimer):
+    """The first measurement of each slim network comes out a little too fast, with a spread that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[float, int] = {}
+
+    def __call__(self, tasks, samples):
+        found = super().__call__(tasks, samples)
+        if len(tasks) == 2:
+            own = round(self.network_ms(tasks[0].network), 9)
+            self.seen[own] = self.seen.get(own, 0) + 1
+            factor = 0.95 if self.seen[own] == 1 else 1.0
+            found[0] = Timing(factor * found[0].median, 0.07 * found[0].median, found[0].best)
+        return found
+
+
+def test_place_within_the_limit_by_luck_is_measured_again(monkeypatch):
+    timer = LuckyTimer()
+    monkeypatch.setattr(latency, "DeviceTimer", lambda device, threads: timer)
+    net = network()
+    result = search(pfs.Budget(latency=0.6, device="cpu", runtime="folded"), net)
+    own = round(timer.network_ms(result.slim()), 9)
+    assert timer.seen[own] > 1
+    # The mean of a lucky and a true measurement is 2.5 % too fast.
+    assert timer.network_ms(result.slim()) <= 0.6 / 0.975 * timer.network_ms(net) * 1.001
