@@ -15,7 +15,7 @@ from benchmarks.machine import Machine
 from benchmarks.parts import write_whole
 from benchmarks.roofline import Ceilings
 from benchmarks.settings import NETWORKS, PROFILES, Settings, precision_name
-from benchmarks.suites import agreement, analysis, convs, drift, memory, ops, search, step
+from benchmarks.suites import agreement, analysis, convs, drift, memory, ops, search, slim, step
 from benchmarks.tables import Case, append_csv, markdown_table
 from pfs_fast.searching.config import compute_dtype
 
@@ -28,6 +28,7 @@ SUITES: dict[str, ModuleType] = {
     "drift": drift,
     "memory": memory,
     "analysis": analysis,
+    "slim": slim,
 }
 
 

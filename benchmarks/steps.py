@@ -156,7 +156,7 @@ def all_steps(
     """
     device, native = settings.device, settings.native
     config = pfs.SearchConfig(target=target, compact=False)
-    loop = prepare(model, images, pfs.Budget(0.5), config, device=device).loop
+    loop = prepare(model, images, pfs.Budget(0.5, multiple_of=1), config, device=device).loop
     norms = loop.bank.layers
     shared = {"device": device, "target": target}
     naive = PlainSearch.naive(model, norms, **shared)

@@ -18,10 +18,12 @@ from .budgets.budget import Budget
 from .budgets.cost import Cost, count
 from .budgets.structure import Structure
 from .errors import PfsError
+from .measuring.comparison import Comparison, compare
 from .searching.config import SearchConfig
 from .searching.result import SearchResult
 from .searching.search import search
 from .searching.seeds import SearchResults
+from .slimming.fold import fold
 from .slimming.slim import slim
 from .slimming.verify import verify
 from .storage.io import export, load, save
@@ -35,6 +37,7 @@ except _PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "Budget",
+    "Comparison",
     "Cost",
     "PfsError",
     "SearchConfig",
@@ -44,11 +47,13 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "backends",
+    "compare",
     "count",
     "data",
     "errors",
     "evaluate",
     "export",
+    "fold",
     "load",
     "models",
     "ops",

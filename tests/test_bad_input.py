@@ -130,7 +130,7 @@ CASES = {
         BudgetError, "Budget: device must be there, got 'cuda:99'", budget=lambda: pfs.Budget(latency_ms=5, device="cuda:99")
     ),
     "multiple for a device that is not there": Case(
-        BudgetError, "Budget: device must be there, got 'cuda:99'", budget=lambda: pfs.Budget(macs=0.5, multiple_of="auto", device="cuda:99")
+        BudgetError, "Budget: device must be there, got 'cuda:99'", budget=lambda: pfs.Budget(latency_ms=5, device="cuda:99")
     ),
     "latency 0": Case(BudgetError, "latency_ms must be above 0, got 0", budget=lambda: pfs.Budget(latency_ms=0)),
     "share of weights of a number of MACs": Case(

@@ -129,7 +129,11 @@ def search(
     config = pfs.SearchConfig(scope="all", target=target, precision="fp32", seed=seed)
     first = next(iter(train))[0]
     plan = prepare(
-        network(name, seed), first, pfs.Budget(target), config, device=torch.device("cpu")
+        network(name, seed),
+        first,
+        pfs.Budget(target, multiple_of=1),
+        config,
+        device=torch.device("cpu"),
     )
     loop, watched = plan.loop, {"early": [], "late": []}
     torch.manual_seed(seed)
@@ -185,7 +189,11 @@ def groups_of(name: str, seed: int) -> ChannelGroups:
     config = pfs.SearchConfig(scope="all", precision="fp32")
     images = torch.zeros(2, 3, 32, 32)
     return prepare(
-        network(name, seed), images, pfs.Budget(1.0), config, device=torch.device("cpu")
+        network(name, seed),
+        images,
+        pfs.Budget(1.0, multiple_of=1),
+        config,
+        device=torch.device("cpu"),
     ).groups
 
 
@@ -195,7 +203,7 @@ def structure(
     """What a rule keeps; ``reference``: (MACs, parameters) that the share refers to, by default the searched network's."""
     score = rule_of(rule)(found)
     model = CostModel(found.groups)
-    limits = pfs.Budget(share).resolve(reference or model.base)
+    limits = pfs.Budget(share, multiple_of=1).resolve(reference or model.base)
     nobody_died = np.full(found.groups.num_units, -1)
     keep = solve(found.groups, score / score.max(), nobody_died, limits, model)
     return Structure.from_keep(found.groups, keep, model)

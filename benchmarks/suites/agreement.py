@@ -121,7 +121,7 @@ def _computation(
             search = PlainRun(model, seed, target, kind, settings)
             search.run(total, unfinished)
             cost = pfs.count(base, torch.zeros(1, 3, 32, 32))
-            reference, budget = (cost.macs, cost.params), pfs.Budget(BUDGET)
+            reference, budget = (cost.macs, cost.params), pfs.Budget(BUDGET, multiple_of=1)
             result = pfs.SearchResult(
                 search.groups, *search.gates(), budget, reference, config, [], model
             )

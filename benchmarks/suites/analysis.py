@@ -42,9 +42,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], float | None]] = {
     "resnet50 x4, meta": (lambda: _wide(4.0), None),
 }
 BUDGETS: dict[str, pfs.Budget] = {
-    **{f"macs {share}": pfs.Budget(share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)},
-    "params 0.3": pfs.Budget(params=0.3),
-    "macs 0.5, params 0.4": pfs.Budget(0.5, params=0.4),
+    **{f"macs {share}": pfs.Budget(share, multiple_of=1) for share in (0.1, 0.3, 0.5, 0.7, 0.9)},
+    "params 0.3": pfs.Budget(params=0.3, multiple_of=1),
+    "macs 0.5, params 0.4": pfs.Budget(0.5, params=0.4, multiple_of=1),
+    "macs 0.5, preferred multiple": pfs.Budget(0.5),
     "macs 0.5, multiples of 8": pfs.Budget(0.5, multiple_of=8),
 }
 

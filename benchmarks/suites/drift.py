@@ -111,7 +111,9 @@ def _step_ours(
     loader = training_loader(settings, seed=seed, dtype=PRECISIONS[kind.precision])
     config = pfs.SearchConfig(target=target, seed=seed, precision=kind.precision, compact=False)
     first = next(iter(training_loader(settings, seed=seed, dtype=PRECISIONS[kind.precision])))[0]
-    loop = prepare(model, first, pfs.Budget(BUDGET), config, device=settings.device).loop
+    loop = prepare(
+        model, first, pfs.Budget(BUDGET, multiple_of=1), config, device=settings.device
+    ).loop
     for step, batch in enumerate(endless(loader), start=1):
         loop.step(*batch)
         if step in at:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -36,6 +36,8 @@ def unit_bounds(cost_model: CostModel, limits: Limits) -> list[tuple[int, int]]:
     Raises:
         BudgetError: A pattern that means no layer, or rules that contradict each other; names both, and the range.
     """
+    if limits.preferred:  # no width is out of reach
+        limits = replace(limits, multiple_of=1, preferred=False)
     if not limits.widths and not limits.ignore:
         return [
             (part.floor(limits.min_channels, limits.multiple_of), len(part.units))

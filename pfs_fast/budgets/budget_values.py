@@ -108,6 +108,15 @@ def checked_time(value: object) -> float | None:
     return float(value)
 
 
+def checked_share(name: str, value: object) -> float | None:
+    """A valid share: ``None``, or a number in (0, 1]."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        raise BudgetError(f"Budget: {name} must be a share in (0, 1], got {value!r}; pass e.g. 0.5")
+    return float(value)
+
+
 def checked_widths(widths: object) -> Widths:
     """``(pattern, (least, most))`` pairs, from a mapping or from such pairs (JSON gives lists)."""
     pairs = widths.items() if isinstance(widths, Mapping) else widths

@@ -110,6 +110,17 @@ class CostModel:
         """Output and input channels of every layer, (out, in) of the first, of the second, ..."""
         return Axes([units for la in self.groups.layers for units in (la.out_units, la.in_units)])
 
+    @cached_property
+    def macs_per_unit(self) -> np.ndarray:
+        """MACs of one image that the whole network loses with one unit of each part. [parts], int64."""
+        keep = np.ones(self.groups.num_units, dtype=bool)
+        lost = np.empty(len(self.parts), dtype=np.int64)
+        for index, part in enumerate(self.parts):
+            keep[part.units[0]] = False
+            lost[index] = self.base[0] - self.evaluate(keep)[0]
+            keep[part.units[0]] = True
+        return lost
+
     def evaluate(self, keep: np.ndarray) -> tuple[int, int]:
         """Cost of the network that keeps these units.
 

@@ -16,8 +16,15 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+RUNTIMES = ("eager", "folded", "compile", "onnxruntime")
+
 _THREADS_EACH = 8  # of a processor; far more than this cannot all be started
-_TENSOR_CORE_WIDTH = 8  # channels, for 16-bit operands and TF32 alike
+
+CPU_MULTIPLES = {"AVX512": 16, "DEFAULT": 8}
+"""Channels of a block in which the convolutions of oneDNN and ONNX Runtime lay out their data, by vector length."""
+
+TENSOR_CORE_MULTIPLE = 8
+"""Channels that tensor cores take without padding, for 16-bit operands and TF32 alike."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Deployment:
         batch: Images in one forward pass.
         precision: dtype of weights, images and activations: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"fp64"``.
         threads: CPU threads; None: as many as PyTorch uses now. ``place_to_measure`` bounds them.
+        runtime: One of `RUNTIMES` (``measuring.runtimes`` says what each is).
 
     Raises:
         BudgetError: For a value outside its range.
@@ -39,6 +47,7 @@ class Deployment:
     batch: int = 1
     precision: str = "fp32"
     threads: int | None = None
+    runtime: str = "eager"
 
     def __post_init__(self) -> None:
         if self.device is not None:
@@ -58,6 +67,18 @@ class Deployment:
             raise BudgetError(
                 f"Budget: precision must be one of {', '.join(map(repr, DTYPES))}, got {self.precision!r}"
             )
+        if self.runtime not in RUNTIMES:
+            raise BudgetError(
+                f"Budget: runtime must be one of {', '.join(map(repr, RUNTIMES))}, got {self.runtime!r}"
+            )
+        if self.runtime == "onnxruntime":
+            on_cuda = self.device is not None and self.device.startswith("cuda")
+            if on_cuda or self.precision != "fp32":
+                raise BudgetError(
+                    "Budget: runtime 'onnxruntime' must be measured on the CPU with precision 'fp32', got "
+                    f"{self.device} with {self.precision!r}; leave device and precision out, or choose runtime 'eager'"
+                )
+            object.__setattr__(self, "device", "cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,16 +99,19 @@ class Deployment:
         device = torch.device(self.device)
         if device.type == "cpu":
             return device
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = device.index
-        if index is None and there:
-            index = torch.cuda.current_device()
-        if index is None or index >= there:
+        if not self._is_there():
+            there = _num_cuda_devices()
             raise BudgetError(
                 f"Budget: device must be there, got '{device}' of {there} CUDA devices; latency is measured, so set the "
                 "budget where the network will run, or use device='cpu'"
             )
-        return torch.device("cuda", index)
+        index = device.index
+        return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+    def _is_there(self) -> bool:
+        """Whether the CUDA device that was asked for is in this machine."""
+        assert self.device is not None
+        return (torch.device(self.device).index or 0) < _num_cuda_devices()
 
     def place_to_measure(self) -> torch.device:
         """The device, once it is certain that a network can be timed on it with so many threads.
@@ -107,13 +131,24 @@ class Deployment:
         return device
 
     def preferred_multiple(self) -> int:
-        """Widths that the device computes best: 8 where tensor cores do the convolutions, else 1."""
+        """The multiple of channels that the target computes fast, by `CPU_MULTIPLES` and `TENSOR_CORE_MULTIPLE`.
+
+        The CPU is this machine's. A CUDA device need not be there: then it is taken to have tensor cores for ``precision``.
+        """
+        asks_cuda = self.device is not None and torch.device(self.device).type == "cuda"
+        if asks_cuda and not self._is_there():
+            return TENSOR_CORE_MULTIPLE
         device = self.place()
         if device.type == "cpu":
-            return 1
+            vectors = torch.backends.cpu.get_cpu_capability()
+            return CPU_MULTIPLES.get(vectors, CPU_MULTIPLES["DEFAULT"])
         capability = torch.cuda.get_device_capability(device)
         first = {"fp16": (7, 0), "bf16": (8, 0), "fp32": (8, 0), "fp64": (99, 0)}[self.precision]
-        return _TENSOR_CORE_WIDTH if capability >= first else 1
+        return TENSOR_CORE_MULTIPLE if capability >= first else 1
+
+
+def _num_cuda_devices() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _processors() -> int:

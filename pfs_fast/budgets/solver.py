@@ -18,10 +18,9 @@ from ..graph.groups import ChannelGroups
 from .bounds import unit_bounds
 from .budget import Budget, Limits, Widths
 from .cost import CostModel
+from .entries import entry_steps
 from .limit_check import show
 from .ranking import rank
-
-_ALWAYS = -1  # entry step of units that every structure keeps
 
 
 class ParetoPoint(NamedTuple):
@@ -74,6 +73,7 @@ class Sweep:
         gates: Gate of every unit. [num_units], float.
         died_at: Step at which the gate reached 0, or -1. [num_units], int.
         multiple_of: Widths are multiples of this many channels.
+        preferred: As in ``Limits``.
         min_channels: Every group keeps at least this many channels.
         widths: Least and most channels of layers, as in ``Limits``.
         ignore: Patterns of layers that keep every channel.
@@ -91,6 +91,7 @@ class Sweep:
         died_at: np.ndarray,
         *,
         multiple_of: int = 1,
+        preferred: bool = False,
         min_channels: int = 1,
         widths: Widths = (),
         ignore: tuple[str, ...] = (),
@@ -100,31 +101,19 @@ class Sweep:
         self.cost_model = CostModel(groups) if cost_model is None else cost_model
         self.gauges = {} if gauges is None else gauges
         self._rules = Limits(
-            multiple_of=multiple_of, min_channels=min_channels, widths=widths, ignore=ignore
+            multiple_of=multiple_of,
+            preferred=preferred,
+            min_channels=min_channels,
+            widths=widths,
+            ignore=ignore,
         )
-        order = rank(groups, gates, died_at)
-        position = np.empty_like(order)
-        position[order] = np.arange(groups.num_units)
-        # worst[unit]: position of the worst member of the block that the unit enters with; blocks are ordered by it.
-        worst = np.full(groups.num_units, groups.num_units, dtype=np.int64)  # never, until found
-        is_step = np.zeros(groups.num_units, dtype=bool)
-        part_of_unit = np.empty_like(order)
-        for index, part in enumerate(self.cost_model.parts):
-            part_of_unit[part.units] = index
-        by_part = order[np.argsort(part_of_unit[order], kind="stable")]  # each part best first
-        start = 0
-        bounds = unit_bounds(self.cost_model, self._rules)
-        for part, (least, most) in zip(self.cost_model.parts, bounds, strict=True):
-            units = by_part[start : start + len(part.units)]
-            start += len(units)
-            step = part.step(multiple_of)
-            worst[units[:least]] = _ALWAYS
-            blocks = units[least : least + (most - least) // step * step]
-            enters = position[blocks[step - 1 :: step]]
-            worst[blocks] = np.repeat(enters, step)
-            is_step[enters] = True
-        self._worst = worst
-        self._steps = np.flatnonzero(is_step)
+        self._step_of_unit, self._num_steps = entry_steps(
+            self.cost_model,
+            rank(groups, gates, died_at),
+            unit_bounds(self.cost_model, self._rules),
+            multiple_of,
+            preferred,
+        )
         self.floor: tuple[int, int] = self.cost_model.evaluate(self.keep(0))
         self.full: tuple[int, int] = self.cost_model.evaluate(self.keep(self.num_steps))
 
@@ -143,6 +132,7 @@ class Sweep:
             gates,
             died_at,
             multiple_of=limits.multiple_of,
+            preferred=limits.preferred,
             min_channels=limits.min_channels,
             widths=limits.widths,
             ignore=limits.ignore,
@@ -153,11 +143,11 @@ class Sweep:
     @property
     def num_steps(self) -> int:
         """Number of channels (or blocks of channels) above the floor."""
-        return len(self._steps)
+        return self._num_steps
 
     def keep(self, steps: int) -> np.ndarray:
         """Units kept once the best ``steps`` channels (or blocks) have entered above the floor. [num_units], bool."""
-        return self._worst <= (self._steps[steps - 1] if steps else _ALWAYS)
+        return self._step_of_unit < steps
 
     def costs(self, keep: np.ndarray, limits: Limits) -> dict[str, int | float]:
         """What the network that keeps these units costs, for every limit that is set. ``{cost: value}``."""
@@ -210,6 +200,7 @@ class Sweep:
             np.zeros(self.cost_model.groups.num_units),
             np.zeros(self.cost_model.groups.num_units),
             multiple_of=self._rules.multiple_of,
+            preferred=self._rules.preferred,
             min_channels=self._rules.min_channels,
             cost_model=self.cost_model,
             gauges=self.gauges,
@@ -278,7 +269,7 @@ def pareto(
     fractions: Sequence[float] | None = None,
     *,
     reference: tuple[int, int] | None = None,
-    multiple_of: int = 1,
+    multiple_of: int | str = "auto",
     min_channels: int = 1,
     cost_model: CostModel | None = None,
 ) -> list[ParetoPoint]:
@@ -290,7 +281,7 @@ def pareto(
         died_at: Step at which the gate reached 0, or -1. [num_units], int.
         fractions: Shares of the reference's MACs, in (0, 1]. Default: the feasible ones of 0.05, 0.10, ... 1.
         reference: ``(macs, params)`` that shares refer to. Default: the whole network.
-        multiple_of: Widths are multiples of this many channels.
+        multiple_of: As in ``Budget``.
         min_channels: Every group keeps at least this many channels.
         cost_model: Cost model of ``groups``, built here if not given.
 
@@ -302,26 +293,23 @@ def pareto(
         InfeasibleBudgetError: If a fraction that was asked for is below the floor.
     """
     shares = [step / 20 for step in range(1, 21)] if fractions is None else _shares(fractions)
-    Budget(macs=1.0, multiple_of=multiple_of, min_channels=min_channels)  # which checks them
-    sweep = Sweep(
-        groups,
-        gates,
-        died_at,
-        multiple_of=multiple_of,
-        min_channels=min_channels,
-        cost_model=cost_model,
-    )
-    reference = sweep.cost_model.base if reference is None else reference
+    cost_model = CostModel(groups) if cost_model is None else cost_model
+    reference = cost_model.base if reference is None else reference
+
+    def limits_at(fraction: float) -> Limits:
+        return Budget(macs=fraction, multiple_of=multiple_of, min_channels=min_channels).resolve(
+            reference
+        )
+
+    sweep = Sweep.within(groups, gates, died_at, limits_at(1.0), cost_model)
     skip_infeasible = fractions is None
     points = []
     for fraction in shares:
-        limits = Budget(macs=fraction, multiple_of=multiple_of, min_channels=min_channels).resolve(
-            reference
-        )
+        limits = limits_at(fraction)
         if skip_infeasible and not limits.allow(sweep.floor):
             continue
         keep = sweep.largest(limits)
-        points.append(ParetoPoint(fraction, *sweep.cost_model.evaluate(keep), keep))
+        points.append(ParetoPoint(fraction, *cost_model.evaluate(keep), keep))
     return points
 
 

@@ -17,7 +17,7 @@ from .cost import CostModel
 from .limit_check import LimitCheck, limit_notes, limit_table, read_checks
 
 FORMAT = "pfs_fast.structure"
-VERSION = 2  # 1 had no limits
+VERSION = 3  # 1 had no limits, 2 no preferred multiple
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Structure:
         base_params: Parameters of the whole network.
         limits: The limits that it was made for, with what became of them; empty for one that no budget made. Structures
             that keep the same channels are equal, whatever their limits.
+        multiple_of: The multiple of channels that was preferred for widths (``Budget(multiple_of="auto")``); 1: none.
     """
 
     kept: dict[str, tuple[int, ...]] = field(repr=False)
@@ -49,6 +50,7 @@ class Structure:
     base_macs: int
     base_params: int
     limits: tuple[LimitCheck, ...] = field(default=(), repr=False, compare=False)
+    multiple_of: int = field(default=1, repr=False, compare=False)
 
     @staticmethod
     def from_keep(
@@ -56,6 +58,7 @@ class Structure:
         keep: np.ndarray,
         cost_model: CostModel | None = None,
         limits: tuple[LimitCheck, ...] = (),
+        multiple_of: int = 1,
     ) -> Structure:
         """The structure that keeps these units.
 
@@ -64,6 +67,7 @@ class Structure:
             keep: True for kept units. [num_units], bool.
             cost_model: Cost model of ``groups``, built here if not given.
             limits: What the structure was made for.
+            multiple_of: The multiple of channels that was preferred.
 
         Raises:
             StructureError: If ``keep`` has another shape or dtype, or leaves a group or a layer without channels.
@@ -95,7 +99,7 @@ class Structure:
         macs, params = cost_model.evaluate(keep)
         sizes = {g.name: g.size for g in groups.groups}
         return Structure(
-            kept, sizes, layers, inputs, widths, macs, params, *cost_model.base, limits
+            kept, sizes, layers, inputs, widths, macs, params, *cost_model.base, limits, multiple_of
         )
 
     @property
@@ -107,6 +111,16 @@ class Structure:
     def params_share(self) -> float:
         """Kept share of the parameters of the whole network."""
         return self.params / self.base_params if self.base_params else 1.0
+
+    @property
+    def off_multiple(self) -> dict[str, int]:
+        """Groups whose first producer keeps neither a multiple of ``multiple_of`` channels nor all. ``{group: channels}``."""
+        found = {}
+        for name in self.kept:
+            channels = len(self.layers.get(name, ()))
+            if channels % self.multiple_of and channels != self.widths[name][1]:
+                found[name] = channels
+        return found
 
     def to_json(self, indent: int | None = None) -> str:
         """JSON text with a format name and a version; equal structures made for equal limits give equal texts."""
@@ -140,8 +154,10 @@ class Structure:
                 f"Structure.from_json: version must be 1 to {VERSION}, got {data.get('version')!r}; "
                 "use the release of pfs_fast that wrote it"
             )
-        if data["version"] == 1:
+        if data["version"] < 2:
             data.setdefault("limits", [])
+        if data["version"] < 3:
+            data.setdefault("multiple_of", 1)
         names = [f.name for f in fields(Structure)]
         if set(data) != {*names, "format", "version"}:
             missing, unknown = (
@@ -159,6 +175,7 @@ class Structure:
             widths={name: tuple(v) for name, v in _table(data, "widths", list)},
             **{name: _count(data, name) for name in ("macs", "params", "base_macs", "base_params")},
             limits=read_checks(data["limits"]),
+            multiple_of=_count(data, "multiple_of", least=1),
         )
         _check_consistent(structure)
         return structure
@@ -176,6 +193,12 @@ class Structure:
         if self.limits:
             text += "\n\n" + "\n".join(
                 [aligned(limit_table(self.limits)), *limit_notes(self.limits)]
+            )
+        if self.off_multiple:
+            some = ", ".join(f"{name} ({channels})" for name, channels in self.off_multiple.items())
+            text += (
+                f"\n\nwidths are multiples of {self.multiple_of} channels, which run fast, but those of {some}: the budget could "
+                "not be met otherwise"
             )
         return text
 
@@ -215,10 +238,10 @@ def _table(data: Mapping[str, Any], name: str, kind: type) -> list[tuple[str, An
     return list(table.items())
 
 
-def _count(data: Mapping[str, Any], name: str) -> int:
-    if not _is_int64(data[name]) or data[name] < 0:
+def _count(data: Mapping[str, Any], name: str, least: int = 0) -> int:
+    if not _is_int64(data[name]) or data[name] < least:
         raise FileFormatError(
-            f"Structure.from_json: {name} must be an integer of at least 0, got {str(data[name])[:60]}"
+            f"Structure.from_json: {name} must be an integer of at least {least}, got {str(data[name])[:60]}"
         )
     return data[name]
 

@@ -29,7 +29,7 @@ from ..searching.result import SearchResult
 from ..storage.files import read_metadata
 from ..storage.io import MODEL_FORMAT, check_document
 from . import run_folder
-from .options import add_model_arguments, model_spec, parse_shape
+from .options import UsageError, add_model_arguments, model_spec, parse_shape
 from .terminal import escaped, say
 
 _DEFAULT_INPUT = (3, 224, 224)
@@ -54,11 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scope", choices=SCOPES, default="paper", help="groups to show (default: paper)"
     )
 
+    parser.add_argument(
+        "--speed",
+        action="store_true",
+        help="measure the slim network of a search's folder beside the dense one",
+    )
+
 
 def run(arguments: argparse.Namespace) -> None:
     """``pfs-fast info``."""
     if arguments.path is not None:
         say(_describe(arguments.path))
+        if arguments.speed:
+            say(f"\n{_speed(arguments.path)}")
     if arguments.model is not None:
         say(_describe_model(arguments))
     if arguments.path is None and arguments.model is None:
@@ -101,6 +109,14 @@ def _describe_folder(path: Path) -> str:
         if (path / name).exists():
             text += ["", _describe(path / name)]
     return "\n".join(text)
+
+
+def _speed(path: Path) -> pfs_fast.Comparison:
+    """The slim network of a folder's search beside the dense one, both with fresh weights."""
+    if not path.is_dir():
+        raise UsageError(f"--speed needs the folder of a search, got '{path}'")
+    model = run_folder.Record.read(path).model.recorded(path / run_folder.RECORD).build(seed=0)
+    return SearchResult.load(path / run_folder.SEARCH, model).compare(warn=False)
 
 
 def _search_text(result: SearchResult) -> str:

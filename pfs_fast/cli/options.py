@@ -89,6 +89,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
 
 
+def add_speed_argument(parser: argparse.ArgumentParser) -> None:
+    """--no-speed."""
+    parser.add_argument(
+        "--no-speed",
+        dest="speed",
+        action="store_false",
+        help="do not measure the slim network beside the dense one (with --quiet nothing is measured either)",
+    )
+
+
 def add_early_stop_arguments(parser: argparse.ArgumentParser) -> None:
     """--patience and --tolerance."""
     defaults = SearchConfig()
@@ -153,8 +163,9 @@ def add_limit_arguments(
         type=_checked(Budget.parse),
         default=default,
         metavar="B",
-        help="0.5 (share of MACs), macs=150M, params=1M, weight_bytes=4MiB, peak_activation_bytes=0.5, latency_ms=20 "
-        "(measured on device=cpu with batch=1, precision=fp32, threads=2), multiple_of=8 or auto, min_channels=4; several "
+        help="0.5 (share of MACs), macs=150M, params=1M, weight_bytes=4MiB, peak_activation_bytes=0.5, latency=0.5 (of the dense "
+        "network's) or latency_ms=20 (measured on device=cpu with batch=1, precision=fp32, threads=2, in runtime=eager, folded, "
+        "compile or onnxruntime), multiple_of=1 (the paper's exact widths; default: auto), min_channels=4; several "
         f"with commas, and all hold (default: {default_text})",
     )
     parser.add_argument(

@@ -31,6 +31,7 @@ from .options import (
     add_limit_arguments,
     add_model_arguments,
     add_run_arguments,
+    add_speed_argument,
     chosen_budget,
     chosen_device,
     data_spec,
@@ -123,6 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the results (default: runs/<model>-<data>)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a search in --out")
+    add_speed_argument(parser)
     add_run_arguments(parser)
 
 
@@ -183,6 +185,8 @@ def _search(
     for result, folder in zip(results, folders, strict=True):
         if seeds is not None:
             say(f"\nseed {result.config.seed}")
+        if arguments.speed and not arguments.quiet:
+            say(f"\n{result.compare(warn=False)}\n")
         _print_ending(result, folder, spec)
 
 

@@ -32,6 +32,7 @@ from .options import (
     add_limit_arguments,
     add_model_arguments,
     add_run_arguments,
+    add_speed_argument,
     chosen_budget,
     chosen_device,
     data_spec,
@@ -109,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     add_data_arguments(parser)
+    add_speed_argument(parser)
     add_run_arguments(parser)
 
 
@@ -144,6 +146,8 @@ def _train(arguments: argparse.Namespace, device: torch.device, job: _Job, out: 
     write_history(out / run_folder.HISTORY, trained, report)
     check_reloaded(path, dense, slim, accuracy, parts.final, config.amp)
     say(comparison(job.structure, accuracy, parts.final_name))
+    if arguments.speed and not arguments.quiet:
+        say(f"\n{pfs_fast.compare(dense, slim, warn=False)}\n")
     say(
         f"trained {trained.epochs} epochs in {trained.seconds:.1f} s, loss {trained.history[-1]['loss']:.4f}"
     )

@@ -8,23 +8,20 @@ leaves out what layers do to each other (caches, launches that overlap), so
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from .._ambient import random_numbers, turn
 from ..budgets.deployment import Deployment
-from ..graph.narrow import BATCH_NORMS
 from ..graph.sides import Sides
 from .bars import Bars, silent
 from .latency_cache import LatencyCache, machine_key
 from .latency_layers import operations
 from .latency_table import measured_tables
+from .runtimes import is_channels_last, own_randomness, task_of
 from .timing import DeviceTimer, Task, Timer, Timing
 
 _TURNS = 25
@@ -42,9 +39,11 @@ class LatencyModel:
         timer: Measures; default: the device's clock.
         cache: Folder of the tables; default: ``latency_cache.cache_folder()``.
         bars: Show how many layers are measured.
+        predict: Cost of the network that keeps these units, up to a factor, in place of the sum over measured layers.
 
     Attributes:
-        scale: Factor from the sum over the layers to a whole network, as ``latency_fit`` found it at the first one.
+        scale: Factor from the prediction to a whole network, as ``latency_fit`` found it at the first one.
+        whole: Milliseconds of the whole network, once it was measured.
 
     Raises:
         BudgetError: The device is not there, or has not the processors for so many threads.
@@ -61,83 +60,59 @@ class LatencyModel:
         timer: Timer | None = None,
         cache: str | os.PathLike[str] | None = None,
         bars: Bars = silent,
+        predict: Callable[[np.ndarray], float] | None = None,
     ) -> None:
         device = run.place_to_measure()
         self.run, self.device, self.input_shape = run, device, tuple(input_shape)
         self.timer = DeviceTimer(device, run.threads) if timer is None else timer
-        self.channels_last = _is_channels_last(graph_module)
-        layout = "channels_last" if self.channels_last else "contiguous"
-        like = next(graph_module.parameters())
-        images = torch.empty((run.batch, *input_shape), dtype=like.dtype, device=like.device)
-        with _own_randomness(device):
-            found = operations(
-                graph_module, (images,), unit_of_label, device, run.dtype, self.channels_last
-            )
-            kept = LatencyCache(machine_key(run, self.input_shape, layout), cache)
-            tables = measured_tables(found, self.timer, kept, bars)
-        self._sides = Sides(num_units, [u for op in found for u in (op.in_units, op.out_units)])
-        rows = {key: row for row, key in enumerate(tables)}
-        self._tables = list(tables.values())
-        row_of = np.array([rows[op.signature, op.grid()] for op in found])
-        self._layers = [np.flatnonzero(row_of == row) for row in range(len(self._tables))]
-        self.scale = 1.0
+        self.channels_last = is_channels_last(graph_module)
+        self.scale, self.whole = 1.0, None
+        self._predict = predict
+        if predict is None:
+            self._predict = self._summed_layers(graph_module, unit_of_label, num_units, cache, bars)
 
     def evaluate(self, keep: np.ndarray) -> float:
         """Predicted milliseconds of the network that keeps these units. ``keep``: [num_units], bool."""
-        widths = self._sides.widths(keep)[self._sides.index].reshape(-1, 2)
-        total = 0.0
-        for table, layers in zip(self._tables, self._layers, strict=True):
-            at = widths[layers]
-            total += float(table(at[:, 0], at[:, 1]).sum())
-        return self.scale * total
+        return self.scale * self._predict(keep)
 
     def measure(self, network: nn.Module) -> Timing:
         """Milliseconds of a forward pass of a network, end to end, in eval mode. The network is not modified."""
         return self.timer([self.task(network)], _TURNS)[0]
 
+    def _summed_layers(
+        self,
+        graph_module: fx.GraphModule,
+        unit_of_label: np.ndarray,
+        num_units: int,
+        cache: str | os.PathLike[str] | None,
+        bars: Bars,
+    ) -> Callable[[np.ndarray], float]:
+        """The sum over all layers, each by a table of times that are measured here or known from before."""
+        run, device = self.run, self.device
+        layout = "channels_last" if self.channels_last else "contiguous"
+        like = next(graph_module.parameters())
+        images = torch.empty((run.batch, *self.input_shape), dtype=like.dtype, device=like.device)
+        with own_randomness(device):
+            found = operations(
+                graph_module, (images,), unit_of_label, device, run.dtype, self.channels_last
+            )
+            kept = LatencyCache(machine_key(run, self.input_shape, layout), cache)
+            measured = measured_tables(found, self.timer, kept, bars)
+        sides = Sides(num_units, [u for op in found for u in (op.in_units, op.out_units)])
+        rows = {key: row for row, key in enumerate(measured)}
+        row_of = np.array([rows[op.signature, op.grid()] for op in found])
+        tables = [
+            (table, np.flatnonzero(row_of == row)) for row, table in enumerate(measured.values())
+        ]
+
+        def total(keep: np.ndarray) -> float:
+            widths = sides.widths(keep)[sides.index].reshape(-1, 2)
+            return sum(
+                float(table(widths[layers, 0], widths[layers, 1]).sum()) for table, layers in tables
+            )
+
+        return total
+
     def task(self, network: nn.Module) -> Task:
         """A copy of a network, ready to be timed as it will run."""
-        with _own_randomness(self.device), torch.no_grad():
-            replica = copy.deepcopy(network).to(self.device).eval()
-            dtype = next((p.dtype for p in replica.parameters()), torch.float32)
-            shape = (self.run.batch, *self.input_shape)
-            images = torch.randn(shape, device=self.device, dtype=dtype)
-            if self.channels_last and images.dim() == 4:
-                images = images.contiguous(memory_format=torch.channels_last)
-            _settle(replica, images)
-            replica, images = replica.to(self.run.dtype), images.to(self.run.dtype)
-        return Task("network", (), lambda: replica(images), network)
-
-
-def _settle(network: nn.Module, images: torch.Tensor) -> None:
-    """Give batch norms the statistics of their input.
-
-    A fresh network whose statistics are not its own may let activations fade to subnormal numbers, which are slow.
-    """
-
-    def settle(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if module.running_mean is not None:
-            x = args[0].transpose(0, 1).flatten(1)  # [C, values]
-            module.running_mean.copy_(x.mean(dim=1))
-            module.running_var.copy_(x.var(dim=1, correction=0))
-
-    handles = [
-        m.register_forward_pre_hook(settle) for m in network.modules() if isinstance(m, BATCH_NORMS)
-    ]
-    network(images)
-    for handle in handles:
-        handle.remove()
-
-
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    with turn("structure_for"), random_numbers(0, [device]):
-        yield
-
-
-def _is_channels_last(module: nn.Module) -> bool:
-    """Whether the model keeps its convolutions channels last."""
-    weights = [p for p in module.parameters() if p.dim() == 4 and p.size(1) > 1 and p.size(2) > 1]
-    return bool(weights) and all(
-        p.is_contiguous(memory_format=torch.channels_last) for p in weights
-    )
+        return task_of(network, self.input_shape, self.run, channels_last=self.channels_last)

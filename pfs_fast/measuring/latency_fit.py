@@ -26,6 +26,7 @@ _ROUNDS = 10
 _TRIES = 3  # of a measurement whose times scatter
 _TRIES_OF_NOISE = 6  # of one that decides nothing
 _TRIES_MS = 60_000  # for all tries after the first ones; half of it is kept for those of noise
+_SURE = 0.03  # spread, of the median, up to which one measurement within the limit is enough
 _CALM, _NOISY = 0.08, 0.15  # half the distance between the quartiles, of the median
 
 
@@ -91,6 +92,8 @@ class _Fit:
         self.limit: float = limits.latency_ms
         self.bar = bar
         self._tries_ms: float = _TRIES_MS
+        self._confirmed: set[int] = set()
+        self._fixed: Timing | None = None  # the reference's times, where they shall not drift
         # The widest network that the other limits allow. Every other one is timed in turns with it, since a machine that
         # has other work is slower now and faster later: what stays is how much faster one network is than the other.
         self.most = sweep.largest_steps(replace(limits, latency_ms=None))
@@ -101,13 +104,28 @@ class _Fit:
         turns = int(_TURNS_MS / (2 * self._reference_times[0].median))
         self._count = min(max(turns, _FEW), _MANY)
         self._ratios = {self.most: Timing(1.0, 0.0, 1.0)}
+        if limits.latency is not None:
+            self._fix_reference()
         model.scale *= self._time(self.most).median / model.evaluate(sweep.keep(self.most))
+
+    def _fix_reference(self) -> None:
+        """A limit that is a share of the dense network's latency is judged by ratios to that network alone."""
+        keep = self.sweep.keep(self.most)
+        assert self.model.whole is not None
+        ratio = 1.0 if keep.all() else self._ratio(np.ones_like(keep)).median
+        found = self._reference_times[0]
+        scale = self.model.whole / ratio / found.median
+        self._fixed = Timing(*(scale * value for value in found))
 
     def run(self) -> tuple[np.ndarray, Timing]:
         best = None
         for turn in range(_ROUNDS):
             times = {steps: self._time(steps).median for steps in sorted(self._ratios)}
             best = max((s for s, t in times.items() if t <= self.limit), default=None)
+            if best is not None and not self._is_sure(best):
+                self._confirm(best)
+                self.bar.update()
+                continue
             if best == self.most:
                 break
             above = min(s for s in times if times[s] > self.limit and (best is None or s > best))
@@ -152,6 +170,22 @@ class _Fit:
             self.model.run,
         )
 
+    def _is_sure(self, steps: int) -> bool:
+        """Whether a place within the limit is so by more than noise, or was measured twice.
+
+        The largest of several noisy places within a limit is the one that was measured too fast.
+        """
+        timing = self._time(steps)
+        calm = timing.spread <= _SURE * timing.median or timing.median + timing.spread <= self.limit
+        return calm or steps in self._confirmed or steps == self.most
+
+    def _confirm(self, steps: int) -> None:
+        first, second = self._ratios[steps], self._ratio(self.sweep.keep(steps))
+        self._ratios[steps] = Timing(
+            *(statistics.fmean(pair) for pair in zip(first, second, strict=True))
+        )
+        self._confirmed.add(steps)
+
     def _measure(self, steps: int) -> None:
         self._ratios[steps] = self._ratio(self.sweep.keep(steps))
 
@@ -195,8 +229,9 @@ class _Fit:
 
     def _scaled(self, ratio: Timing) -> Timing:
         """Milliseconds of a share of the reference's time, by all that is known of the reference."""
-        reference = statistics.median(t.median for t in self._reference_times)
-        spread = statistics.median(t.spread for t in self._reference_times)
+        times = self._reference_times if self._fixed is None else [self._fixed]
+        reference = statistics.median(t.median for t in times)
+        spread = statistics.median(t.spread for t in times)
         return Timing(
             ratio.median * reference,
             max(ratio.spread * reference, ratio.median * spread),
@@ -228,9 +263,10 @@ class _Fit:
     def _infeasible(self, smallest: Timing, whole: Timing) -> str:
         limits, run = self.limits, self.model.run
         rules = ", widen widths or ignore less" if limits.widths or limits.ignore else ""
+        runtime = "" if run.runtime == "eager" else f", {run.runtime}"
         return (
             f"solve: budget must be feasible: latency_ms must be in [{smallest.median:.4g}, {whole.median:.4g}] (measured on "
-            f"{self.model.device}, batch {run.batch}, {run.precision}, spread {smallest.spread:.2g} ms), got {self.limit:g}; "
+            f"{self.model.device}, batch {run.batch}, {run.precision}{runtime}, spread {smallest.spread:.2g} ms), got {self.limit:g}; "
             f"raise the limit, lower min_channels ({limits.min_channels}) or multiple_of ({limits.multiple_of}){rules}, or "
             "make more groups prunable"
         )

@@ -22,9 +22,10 @@ from .bars import Bars, silent
 from .latency import LatencyModel
 from .latency_fit import fit
 from .memory import ActivationModel, allocations
+from .noise import busy, decides, shown
 from .timing import Timing
 
-_GAUGED = ("peak_activation_bytes", "latency_ms")
+_GAUGED = ("peak_activation_bytes", "latency_ms", "latency")
 
 
 class Meters:
@@ -56,11 +57,29 @@ class Meters:
         self._latency: dict[Deployment, LatencyModel] = {}
 
     def limits(self, budget: Budget, reference: tuple[int, int]) -> Limits:
-        """A budget in absolute numbers. Shares of activations are those of the whole network."""
-        whole = None
+        """A budget in absolute numbers. Shares of activations and of latency are those of the whole network, measured once.
+
+        Raises:
+            BusyMachineError: A share of latency, and the whole network's times scatter too widely.
+        """
+        peak = latency = None
         if isinstance(budget.peak_activation_bytes, float):
-            whole = self.memory(budget.run).base
-        return budget.resolve(reference, whole)
+            peak = self.memory(budget.run).base
+        if budget.latency is not None:
+            latency = self._whole_latency(budget)
+        return budget.resolve(reference, peak, latency)
+
+    def _whole_latency(self, budget: Budget) -> float:
+        model = self.latency(budget.run)
+        if model.whole is None:
+            assert self.model is not None and budget.latency is not None
+            with self.bars(1, "measuring the dense network") as bar:
+                found = model.measure(self.model)
+                bar.update()
+            if not decides(found, budget.latency * found.median):
+                raise busy(shown(found), budget.latency * found.median, budget.run)
+            model.whole = found.median
+        return model.whole
 
     def choose(
         self, gates: np.ndarray, died_at: np.ndarray, limits: Limits
@@ -123,6 +142,7 @@ class Meters:
                 self.input_shape,
                 run,
                 bars=self.bars,
+                predict=None if run.runtime == "eager" else self._macs,
             )
         return self._latency[run]
 
@@ -172,6 +192,9 @@ class Meters:
     def release(self) -> None:
         """Let go of the analysis, whose modules a search may change."""
         self._graph = None
+
+    def _macs(self, keep: np.ndarray) -> float:
+        return float(self.cost_model.evaluate(keep)[0])
 
     def _fresh(self, keep: np.ndarray) -> nn.Module:
         assert self.model is not None

@@ -28,6 +28,7 @@ from ..errors import (
     StructureError,
 )
 from ..graph.groups import ChannelGroups, Layer
+from ..measuring import comparison
 from ..measuring.meters import Meters, needs_model
 from ..slimming.slim import slim as make_slim
 from ..storage.files import read_safetensors, write_safetensors
@@ -119,7 +120,8 @@ class SearchResult:
         keep, measured = meters.choose(*self._scores(ranking), limits)
         solver.warn_of_dead_groups(self.groups, self.flat_gates.numpy(), keep)
         checks = meters.checks(keep, limits, measured)
-        return Structure.from_keep(self.groups, keep, self._cost_model, checks)
+        multiple = limits.multiple_of if limits.preferred else 1
+        return Structure.from_keep(self.groups, keep, self._cost_model, checks, multiple)
 
     @property
     def meters(self) -> Meters:
@@ -154,7 +156,11 @@ class SearchResult:
         return replace(structure, limits=checks)
 
     def pareto(
-        self, shares: Sequence[float] | None = None, *, multiple_of: int = 1, min_channels: int = 1
+        self,
+        shares: Sequence[float] | None = None,
+        *,
+        multiple_of: int | str = "auto",
+        min_channels: int = 1,
     ) -> list[Structure]:
         """Structures along the whole range of budgets, smallest first.
 
@@ -206,9 +212,12 @@ class SearchResult:
         """The structure and its limits as tables; how an early stop ended; and every layer held whole with the reason.
 
         Args:
-            measure: Find every limited cost anew on the slim network, as ``measured`` does.
+            measure: Find every limited cost anew on the slim network, as ``measured`` does, and measure it beside the dense
+                network, as ``compare`` does.
         """
         lines = [str(self.measured() if measure else self.structure)]
+        if measure:
+            lines += ["", str(self.compare(warn=False))]
         if self.config.patience is not None:
             lines += ["", self.ending()]
         if self.groups.fixed:
@@ -218,6 +227,29 @@ class SearchResult:
                 *(f"  {name}: {reason}" for name, reason in self.groups.fixed),
             ]
         return "\n".join(lines)
+
+    def compare(
+        self, budget: float | int | Budget | None = None, **options: Any
+    ) -> comparison.Comparison:
+        """Latency, MACs, parameters and bytes of a slim network beside those of the dense one.
+
+        Args:
+            budget: Default: the budget of the search.
+            options: Those of `compare`: ``batch``, ``precision``, ``device``, ``threads``, ``runtimes``. Default: those of the
+                budget of the search where it limits latency, else those of `compare`.
+
+        Raises:
+            ModelError: The result was loaded from a file without a model. Others as `compare`.
+        """
+        slim = self.slim(budget, seed=0)
+        assert self.model is not None
+        if self.budget.latency is not None or self.budget.latency_ms is not None:
+            run = self.budget.run
+            runtimes = tuple(dict.fromkeys([run.runtime, "eager", "folded"]))
+            options = {"runtimes": runtimes, **asdict(run), **options}
+            del options["runtime"]
+        bars = partial(Progress, enabled=self.progress)
+        return comparison.compare(self.model, slim, bars=bars, **options)
 
     def ending(self) -> str:
         """One line: after how many steps the search ended; with ``config.patience``, how far its answer was from stable."""
@@ -282,7 +314,8 @@ class SearchResult:
             "other": [self.groups.other_macs, self.groups.other_params],
             "input_shape": self.input_shape,
         }
-        if needs_model(self.budget):  # without the model nobody could find it again
+        # Without the model, or on another processor, nobody could find it again.
+        if needs_model(self.budget) or self.budget.multiple_of == "auto":
             try:
                 metadata["structure"] = self.structure.to_json()
             except (BusyMachineError, InfeasibleBudgetError) as error:

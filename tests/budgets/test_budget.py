@@ -17,14 +17,14 @@ REFERENCE = (1_000_000, 2_000)
 @pytest.mark.parametrize(
     ("budget", "limits"),
     [
-        (Budget(macs=0.5), Limits(500_000)),
-        (Budget(macs=1.0), Limits(1_000_000)),
-        (Budget(macs=150_000), Limits(150_000)),
-        (Budget(macs=150e3), Limits(150_000)),
-        (Budget(macs=2_000_000), Limits(2_000_000)),
-        (Budget(params=0.25), Limits(None, 500)),
+        (Budget(macs=0.5, multiple_of=1), Limits(500_000)),
+        (Budget(macs=1.0, multiple_of=1), Limits(1_000_000)),
+        (Budget(macs=150_000, multiple_of=1), Limits(150_000)),
+        (Budget(macs=150e3, multiple_of=1), Limits(150_000)),
+        (Budget(macs=2_000_000, multiple_of=1), Limits(2_000_000)),
+        (Budget(params=0.25, multiple_of=1), Limits(None, 500)),
         (Budget(macs=0.5, params=10, multiple_of=8, min_channels=4), Limits(500_000, 10, 8, 4)),
-        (Budget(macs=np.float32(0.5), params=np.int64(10)), Limits(500_000, 10)),
+        (Budget(macs=np.float32(0.5), params=np.int64(10), multiple_of=1), Limits(500_000, 10)),
     ],
 )
 def test_resolve_gives_absolute_limits(budget, limits):
@@ -211,8 +211,14 @@ def test_limits_name_what_exceeds_them():
 
 
 def test_automatic_multiple_follows_the_device(monkeypatch):
-    auto = Budget(macs=0.5, multiple_of="auto", device="cpu")
-    assert auto.resolve(REFERENCE).multiple_of == 1
+    for vectors, multiple in [("AVX512", 16), ("AVX2", 8), ("DEFAULT", 8), ("SVE256", 8)]:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda v=vectors: v)
+        limits = Budget(macs=0.5, device="cpu").resolve(REFERENCE)
+        assert (limits.multiple_of, limits.preferred) == (multiple, True)
+    elsewhere = Budget(macs=0.5, device="cuda:99").resolve(REFERENCE)
+    assert (elsewhere.multiple_of, elsewhere.preferred) == (8, True)
+    strict = Budget(macs=0.5, multiple_of=4, device="cuda:99").resolve(REFERENCE)
+    assert (strict.multiple_of, strict.preferred) == (4, False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -261,12 +267,12 @@ def test_budget_prints_its_limits():
         latency_ms=20,
         peak_activation_bytes=0.5,
         weight_bytes=0.25,
-        multiple_of="auto",
+        multiple_of=1,
         widths={"a*": (8, None)},
         ignore=["b"],
         batch=4,
     )
     assert str(budget) == (
         "weight_bytes <= 0.25 of the reference, peak_activation_bytes <= 0.5 of the whole network, latency <= 20 ms, "
-        "multiple_of = auto, width of a* in 8.., ignore b, batch 4"
+        "multiple_of = 1, width of a* in 8.., ignore b, batch 4"
     )

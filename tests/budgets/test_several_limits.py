@@ -180,7 +180,7 @@ def test_share_of_activations_is_of_the_searched_network():
 
 def test_uniform_ranking_narrows_every_part_alike():
     _, meters = network()
-    limits = meters.limits(Budget(macs=0.5), meters.cost_model.base)
+    limits = meters.limits(Budget(macs=0.5, multiple_of=1), meters.cost_model.base)
     alike = np.zeros(37)
     uniform = Ranking(meters.cost_model, "uniform")
     keep, _ = meters.choose(*uniform.scores(alike, alike), limits)

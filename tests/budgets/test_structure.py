@@ -105,10 +105,14 @@ BAD_TEXTS = {
         "format must be 'pfs_fast.structure', got 'pfs_fast.model'",
     ),
     "other version": (
-        edited(version=3),
-        "version must be 1 to 2, got 3; use the release of pfs_fast that wrote it",
+        edited(version=4),
+        "version must be 1 to 3, got 4; use the release of pfs_fast that wrote it",
     ),
-    "version 0": (edited(version=0), "version must be 1 to 2, got 0"),
+    "multiple of nothing": (
+        edited(multiple_of=0),
+        "multiple_of must be an integer of at least 1, got 0",
+    ),
+    "version 0": (edited(version=0), "version must be 1 to 3, got 0"),
     "limits of text": (
         edited(limits="macs"),
         "limits must be a list of checks with asked, .* got macs",
@@ -118,7 +122,7 @@ BAD_TEXTS = {
     "limit without a number": (limited(asked=None), "limits must be a list of checks"),
     "negative limit": (limited(predicted=-1), "limits must be a list of checks"),
     "limit of NaN": (limited(measured=float("nan")), "limits must be a list of checks"),
-    "boolean version": (edited(version=True), "version must be 1 to 2, got True"),
+    "boolean version": (edited(version=True), "version must be 1 to 3, got True"),
     "missing field": (without("inputs"), r"got missing \['inputs'\] and unknown \[\]"),
     "unknown field": (edited(extra=1), r"got missing \[\] and unknown \['extra'\]"),
     "no object": (edited(kept=[1]), "kept must be an object, got list"),
@@ -204,10 +208,23 @@ def test_limits_go_through_json_and_leave_equality_alone():
     ]
 
 
-def test_text_of_the_first_version_still_loads():
+def test_texts_of_earlier_versions_still_load():
     text = json.loads(structure().to_json())
+    del text["multiple_of"]
+    assert Structure.from_json(json.dumps({**text, "version": 2})) == structure()
     del text["limits"]
     assert Structure.from_json(json.dumps({**text, "version": 1})) == structure()
+
+
+def test_structure_says_where_the_preferred_multiple_was_dropped():
+    keep = np.array([True] * 3 + [False] * 5 + [True] * 4 + [False] * 2)
+    s = Structure.from_keep(chain(8, 6), keep, multiple_of=4)
+    assert s.off_multiple == {"conv0": 3}
+    assert "multiples of 4 channels, which run fast, but those of conv0 (3): the budget" in str(s)
+    again = Structure.from_json(s.to_json())
+    assert again.multiple_of == 4 and str(again) == str(s)
+    whole = Structure.from_keep(chain(8, 6), np.ones(14, dtype=bool), multiple_of=4)
+    assert whole.off_multiple == {} and "multiples" not in str(whole)
 
 
 def test_structure_prints_as_a_table():

@@ -340,14 +340,8 @@ def test_device_that_is_not_there_is_an_error():
     if torch.cuda.device_count() > 99:
         pytest.skip("there is such a device")
     result = search(0.5)
-    for budget in (
-        pfs.Budget(latency_ms=5, device="cuda:99"),
-        pfs.Budget(macs=0.5, multiple_of="auto", device="cuda:99"),
-    ):
-        with pytest.raises(
-            BudgetError, match=r"Budget: device must be there, got 'cuda:99' of \d+"
-        ):
-            result.structure_for(budget)
+    with pytest.raises(BudgetError, match=r"Budget: device must be there, got 'cuda:99' of \d+"):
+        result.structure_for(pfs.Budget(latency_ms=5, device="cuda:99"))
     # No latency is asked for: where the network will run does not matter.
     assert result.structure_for(pfs.Budget(macs=0.5, device="cuda:99")).macs
 

@@ -56,7 +56,7 @@ def watch(patience=20, tolerance=0.0, budget=0.6) -> StabilityWatch:
     model = tiny()
     groups = gated_groups(channel_graph(model, (torch.zeros(1, 3, 6, 6),)), model, "paper")
     model_cost = CostModel(groups)
-    limits = pfs.Budget(macs=budget).resolve(model_cost.base)
+    limits = pfs.Budget(macs=budget, multiple_of=1).resolve(model_cost.base)
     return StabilityWatch(groups, limits, model_cost, patience, tolerance)
 
 
