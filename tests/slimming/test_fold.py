@@ -141,3 +141,15 @@ def test_fold_names_what_is_missing():
         pfs.fold(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     with pytest.raises(ModelError, match="fold: model must be a plain module"):
         pfs.fold(nn.DataParallel(nn.Conv2d(3, 4, 1)))
+
+
+def test_folded_networks_are_exported(tmp_path):
+    network = shaken(pfs.models.resnet20())
+    x = torch.zeros(1, 3, 32, 32)
+    report = pfs.export(pfs.fold(network, x), tmp_path / "folded.pt2", x)
+    program = torch.export.load(tmp_path / "folded.pt2")
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        images = torch.randn(4, 3, 32, 32)
+        torch.testing.assert_close(program.module()(images), network(images), rtol=1e-4, atol=1e-4)
+    assert report.max_error <= 1e-4
