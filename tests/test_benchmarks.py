@@ -20,7 +20,7 @@ from benchmarks.machine import Machine
 from benchmarks.roofline import Ceilings, Work, step_floor
 from benchmarks.settings import PROFILES, Settings
 from benchmarks.steps import gate_places
-from benchmarks.suites import agreement, analysis, convs, drift, memory, ops, search, step
+from benchmarks.suites import agreement, analysis, convs, drift, memory, ops, search, slim, step
 from benchmarks.timing import Clock, Effort, Spread, time_variants
 from pfs_fast._library import is_loaded
 from pfs_fast.searching.config import PRECISIONS
@@ -227,8 +227,8 @@ def test_command_line_parses():
     assert chosen.suite == ["step", "memory"]
     assert chosen.data == ["cifar10", "x.npz"]
     assert chosen.profile == "quick"
-    suites = {"ops", "convs", "step", "search", "agreement", "drift", "memory", "analysis"}
-    assert set(command.SUITES) == suites
+    suites = "ops convs step search agreement drift memory analysis slim".split()
+    assert set(command.SUITES) == set(suites)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +331,29 @@ def test_analysis_suite_holds_times_against_their_limits(settings, monkeypatch):
     (line,) = structures.lines[analysis.STRUCTURES]
     assert line["MACs kept"] == pytest.approx(0.5 * 4089e6, rel=0.01)
     assert structures.rows[0]["limit_ms"] == analysis.STRUCTURE_LIMIT_MS
+
+
+@needs_operators
+def test_slim_suite_compares_every_multiple_with_the_dense_network(settings, monkeypatch):
+    def small() -> nn.Module:
+        return pfs.models.get("resnet20", expansion=0.5)
+
+    monkeypatch.setattr(slim, "NETWORKS", {"resnet20": (small, 8, 4)})
+    monkeypatch.setattr(slim, "LATENCY_NETWORKS", ())
+    monkeypatch.setattr(slim, "STEPS", 2)
+    monkeypatch.setattr(slim, "_runtimes", lambda: [("eager", "fp32"), ("folded", "fp32")])
+    cases = list(slim.run(settings))
+    forward = [line for case in cases for line in case.lines.get(slim.INFERENCE, ())]
+    training = [line for case in cases for line in case.lines.get(slim.TRAINING, ())]
+    assert [(line["scope"], line["runtime"]) for line in forward] == [
+        (scope, runtime) for scope in ("paper", "all") for runtime in ("eager", "folded")
+    ]
+    assert [line["runtime"] for line in training] == ["fp32", "bf16"] * 2
+    for line in (*forward, *training):
+        assert line["x1"].n == line["xauto"].n == 2
+        assert line["x32"] is None  # no width of this network is a multiple of 32 but whole ones
+    columns = {tuple(row) for case in cases for row in case.rows}
+    assert len(columns) == 1  # one file takes them all
 
 
 def test_memory_suite_compares_with_the_naive_step(settings):
