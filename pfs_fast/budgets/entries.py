@@ -9,7 +9,7 @@ from .cost import CostModel, Part
 FLOOR = -1
 """Step of a unit that every structure keeps."""
 
-FINEST_SHARE = 0.025
+FINEST_SHARE = 0.03
 """Share of the dense network's MACs that a step with a preferred multiple may cost at most, where one unit costs less."""
 
 _MANY = 2**30  # more units than a network has
