@@ -140,11 +140,16 @@ class Deployment:
             return TENSOR_CORE_MULTIPLE
         device = self.place()
         if device.type == "cpu":
-            vectors = torch.backends.cpu.get_cpu_capability()
-            return CPU_MULTIPLES.get(vectors, CPU_MULTIPLES["DEFAULT"])
+            return cpu_multiple()
         capability = torch.cuda.get_device_capability(device)
         first = {"fp16": (7, 0), "bf16": (8, 0), "fp32": (8, 0), "fp64": (99, 0)}[self.precision]
         return TENSOR_CORE_MULTIPLE if capability >= first else 1
+
+
+def cpu_multiple() -> int:
+    """That of `CPU_MULTIPLES` for this machine's processor."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return CPU_MULTIPLES.get(vectors, CPU_MULTIPLES["DEFAULT"])
 
 
 def _num_cuda_devices() -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .. import _library
+from ..budgets.deployment import TENSOR_CORE_MULTIPLE, cpu_multiple
 from ..graph.groups import ChannelGroup, ChannelGroups
 from . import winograd
 from .gated import GatedNetwork
@@ -40,7 +41,7 @@ class WidthRule:
 
 def preferred_multiple(device: torch.device) -> int:
     """Channels that a vector register or a tensor core takes at once."""
-    return 16 if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    return cpu_multiple() if device.type == "cpu" else TENSOR_CORE_MULTIPLE
 
 
 def width_rules(
